@@ -1,0 +1,47 @@
+// The geometry of the goctconv family. Scale s is (batch, channels[s], height >> s, width >> s), high resolution
+// first; a scale may have no channels.
+#pragma once
+
+#include <cstdint>
+
+namespace sodfast {
+
+constexpr int max_scales = 4;
+
+struct Pyramid {
+  int scales = 0;
+  int64_t batch = 0, height = 0, width = 0;  // height and width of scale 0
+  int64_t channels[max_scales] = {};
+
+  int64_t rows(int s) const { return height >> s; }
+  int64_t cols(int s) const { return width >> s; }
+  int64_t area(int s) const { return rows(s) * cols(s); }
+  int64_t begin(int s) const {  // first channel of scale s among all
+    int64_t sum = 0;
+    for (int i = 0; i < s; ++i) sum += channels[i];
+    return sum;
+  }
+  int64_t total() const { return begin(scales); }
+};
+
+// Cross-scale convolution. `in` holds the inputs' stored sizes; `out` those after the stride, which are also the
+// sizes at which the convolutions run.
+struct GOctConvShape {
+  Pyramid in, out;
+  int64_t kernel = 1, stride = 1;
+};
+
+struct DepthwiseShape {
+  Pyramid maps;
+  int64_t dilation = 1;
+};
+
+constexpr int max_dilations = 8;
+struct DilatedShape {
+  Pyramid in, out;
+  int dilations = 0;
+  int64_t dilation[max_dilations] = {};
+  int64_t branch[max_scales][max_dilations] = {};  // output channels of one scale's branch; 0: it is absent
+};
+
+}  // namespace sodfast

@@ -1,0 +1,108 @@
+// Chooses the instruction set once, at the first use: the best that this machine and this build have, or the one
+// that SODFAST_CPU_ISA names (to test each of them on one machine).
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+#define SODFAST_DECLARE(isa)              \
+  namespace isa {                         \
+  template <class T>                      \
+  void add_goctconv(Kernels<T>&);         \
+  template <class T>                      \
+  void add_goctconv_depthwise(Kernels<T>&); \
+  template <class T>                      \
+  void add_goctconv_dilated(Kernels<T>&); \
+  template <class T>                      \
+  void add_goctconv_norm_act(Kernels<T>&); \
+  }
+
+namespace sodfast {
+#if defined(__x86_64__)
+SODFAST_DECLARE(avx512)
+SODFAST_DECLARE(avx2)
+SODFAST_DECLARE(sse42)
+#else
+SODFAST_DECLARE(neon)
+#endif
+
+namespace {
+
+struct Isa {
+  const char* name;
+  Kernels<float> table;
+};
+
+#define SODFAST_TABLE(isa, T)                 \
+  [] {                                        \
+    Kernels<T> table{};                       \
+    isa::add_goctconv<T>(table);              \
+    isa::add_goctconv_depthwise<T>(table);    \
+    isa::add_goctconv_dilated<T>(table);      \
+    isa::add_goctconv_norm_act<T>(table);     \
+    return table;                             \
+  }()
+
+struct Isas {
+  Isa list[3];
+  int count = 0;
+  std::atomic<int> chosen{0};
+
+  Isas() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
+      list[count++] = {"avx512", SODFAST_TABLE(avx512, float)};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+      list[count++] = {"avx2", SODFAST_TABLE(avx2, float)};
+    list[count++] = {"sse4.2", SODFAST_TABLE(sse42, float)};
+#else
+    list[count++] = {"neon", SODFAST_TABLE(neon, float)};
+#endif
+    const char* wanted = std::getenv("SODFAST_CPU_ISA");
+    if (wanted != nullptr && *wanted != '\0') unknown = !choose(wanted);
+  }
+
+  bool choose(const char* name) {
+    for (int i = 0; i < count; ++i) {
+      if (std::strcmp(list[i].name, name) == 0) {
+        chosen = i;
+        return true;
+      }
+    }
+    return false;
+  }
+  bool unknown = false;  // SODFAST_CPU_ISA names none of the list
+};
+
+Isas& isas() {
+  static Isas all;
+  return all;
+}
+
+}  // namespace
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return isas().list[isas().chosen].table;
+}
+
+template <>
+const Kernels<double>& kernels<double>() {
+#if defined(__x86_64__)
+  static const Kernels<double> table = SODFAST_TABLE(sse42, double);
+#else
+  static const Kernels<double> table = SODFAST_TABLE(neon, double);
+#endif
+  return table;
+}
+
+const char* cpu_isa() { return isas().list[isas().chosen].name; }
+int cpu_isa_count() { return isas().count; }
+const char* cpu_isa_name(int i) { return isas().list[i].name; }
+bool cpu_isa_unknown() { return isas().unknown; }
+bool set_cpu_isa(const char* name) { return isas().choose(name); }
+
+}  // namespace sodfast

@@ -1,0 +1,54 @@
+// What the CPU kernels offer, torch-free: one table of functions per instruction set, chosen once (dispatch.cpp).
+// Pointers are to contiguous (B, C, H, W) planes; shapes are checked by the caller.
+#pragma once
+
+#include "common/parallel.h"
+#include "common/shapes.h"
+
+namespace sodfast {
+
+template <class T>
+struct Kernels {
+  // Every convolution adds bias (null: zero) and applies PReLU with slope (null: none) to what it writes.
+  // weight: [out.total(), in.total(), k, k].
+  void (*goctconv)(const GOctConvShape&, const T* const* xs, const T* weight, const T* bias, const T* slope,
+                   T* const* ys, const Parallel&);
+  void (*goctconv_grad_input)(const GOctConvShape&, const T* const* gys, const T* const* xs, const T* weight,
+                              T* const* gxs, const Parallel&);
+  void (*goctconv_grad_weight)(const GOctConvShape&, const T* const* gys, const T* const* xs, T* gweight,
+                               const Parallel&);
+
+  // weight: [maps.total(), 3, 3]; flip turns the kernel around (the gradient to the input).
+  void (*depthwise)(const DepthwiseShape&, const T* const* xs, const T* weight, const T* bias, const T* slope,
+                    bool flip, T* const* ys, const Parallel&);
+  void (*depthwise_grad_weight)(const DepthwiseShape&, const T* const* gys, const T* const* xs, T* gweight,
+                                const Parallel&);
+
+  // weights[s]: [out.channels[s], in.channels[s], 3, 3], the branches one after the other.
+  void (*dilated)(const DilatedShape&, const T* const* xs, const T* const* weights, const T* bias, const T* slope,
+                  T* const* ys, const Parallel&);
+  void (*dilated_grad_input)(const DilatedShape&, const T* const* gys, const T* const* weights, T* const* gxs,
+                             const Parallel&);
+  void (*dilated_grad_weight)(const DilatedShape&, const T* const* gys, const T* const* xs, T* const* gweights,
+                              const Parallel&);
+
+  // gamma, beta, slope, mean, var: [total]. Training fills mean and var (biased); otherwise it reads them.
+  // channel_means: [batch, total], the spatial mean of the result.
+  void (*norm_act)(const Pyramid&, const T* const* xs, const T* gamma, const T* beta, const T* slope, T eps,
+                   bool training, T* mean, T* var, T* const* ys, T* channel_means, const Parallel&);
+  void (*norm_act_backward)(const Pyramid&, const T* const* gys, const T* const* xs, const T* gamma, const T* beta,
+                            const T* slope, const T* mean, const T* var, T eps, bool training, T* const* gxs,
+                            T* ggamma, T* gbeta, T* gslope, const Parallel&);
+};
+
+template <class T>
+const Kernels<T>& kernels();
+
+// The instruction set of kernels<float>(): "avx512", "avx2", "sse4.2" or "neon".
+const char* cpu_isa();
+int cpu_isa_count();                 // how many this machine and build have, best first
+const char* cpu_isa_name(int index);
+bool cpu_isa_unknown();              // SODFAST_CPU_ISA asked for one that is not there
+bool set_cpu_isa(const char* name);  // for tests; false if it is not there
+
+}  // namespace sodfast

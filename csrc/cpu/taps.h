@@ -1,0 +1,128 @@
+// The inputs of a convolution as the row kernels want them: pointers into rows, one per channel and kernel position.
+//
+// Rows that need no work are read where they are. Resampled or padded ones go through line buffers
+// [channel][row][pad + cols + pad], filled for a band of rows at a time: zeros around the map cost nothing in the
+// inner loop, and channels whose planes are a multiple of 4 KiB apart no longer share cache sets.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "cpu/conv_rows.h"
+#include "cpu/resample_rows.h"
+
+namespace sodfast {
+namespace {
+
+constexpr int64_t band_bytes = 384 << 10;  // line buffers of a task: well within L2
+constexpr int64_t tasks_wanted = 8;        // bands are split until there are as many tasks
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Rows per band: as many as fit, a multiple of `unit`, and not so many that threads stay idle.
+inline int64_t band_rows(int64_t height, int64_t bytes_per_row, int64_t batch, int64_t unit) {
+  int64_t rows = most(band_bytes / most(bytes_per_row, 1) / unit * unit, unit);
+  rows = least(rows, (height + unit - 1) / unit * unit);
+  while (rows > unit && batch * ((height + rows - 1) / rows) < tasks_wanted) rows = (rows / 2 + unit - 1) / unit * unit;
+  return rows;
+}
+
+template <class T, class Map>
+struct Taps {
+  const Map* maps;
+  int n_maps;
+  int64_t pad, cols;
+  int64_t channels = 0;
+  bool staged;
+
+  Taps(const Map* m, int n, int64_t padding, int64_t width, bool always_stage)
+      : maps(m), n_maps(n), pad(padding), cols(width), staged(always_stage || padding > 0) {
+    for (int i = 0; i < n; ++i) {
+      channels += m[i].channels;
+      staged = staged || (m[i].channels > 0 && !m[i].direct());
+    }
+  }
+  int64_t pitch() const { return cols + 2 * pad; }
+  int64_t plane(int64_t rows) const { return (rows + 2 * pad) * pitch(); }
+  int64_t buffer(int64_t rows) const { return staged ? channels * plane(rows) : 0; }
+
+  // Fills the buffer with rows [y0 - pad, y0 + rows + pad) of all channels, zeros outside the map.
+  void stage(int64_t y0, int64_t rows, T* buffer, T* line) const {
+    if (!staged) return;
+    for (int i = 0; i < n_maps; ++i) {
+      const int64_t height = maps[i].out_rows();
+      for (int64_t c = 0; c < maps[i].channels; ++c) {
+        for (int64_t y = y0 - pad; y < y0 + rows + pad; ++y, buffer += pitch()) {
+          if (y < 0 || y >= height) {
+            std::memset(buffer, 0, pitch() * sizeof(T));
+            continue;
+          }
+          if (pad > 0) {
+            std::memset(buffer, 0, pad * sizeof(T));
+            std::memset(buffer + pad + cols, 0, pad * sizeof(T));
+          }
+          maps[i].row(c, y, buffer + pad, line);
+        }
+      }
+    }
+  }
+
+  // taps[(channel, ky, kx)] = the row that output row y0 + r meets there; returns the end.
+  const T** point(int64_t y0, int64_t rows, int64_t r, const T* buffer, int64_t kernel, int64_t dilation,
+                  const T** taps) const {
+    if (!staged) {
+      for (int i = 0; i < n_maps; ++i)
+        for (int64_t c = 0; c < maps[i].channels; ++c) *taps++ = maps[i].data + (c * maps[i].rows + y0 + r) * cols;
+      return taps;
+    }
+    for (int64_t c = 0; c < channels; ++c) taps = point_channel(c, rows, r, buffer, kernel, dilation, taps);
+    return taps;
+  }
+  const T** point_channel(int64_t c, int64_t rows, int64_t r, const T* buffer, int64_t kernel, int64_t dilation,
+                          const T** taps) const {
+    const int64_t corner = pad - kernel / 2 * dilation;
+    const T* p = buffer + c * plane(rows) + (r + corner) * pitch() + corner;
+    for (int64_t ky = 0; ky < kernel; ++ky)
+      for (int64_t kx = 0; kx < kernel; ++kx) *taps++ = p + ky * dilation * pitch() + kx * dilation;
+    return taps;
+  }
+};
+
+template <class T>
+class Heap {  // memory of one call, for packed weights and partial sums
+ public:
+  explicit Heap(int64_t n) : data_(static_cast<T*>(std::malloc(static_cast<size_t>(most(n, 1)) * sizeof(T)))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Heap() { std::free(data_); }
+  Heap(const Heap&) = delete;
+  Heap& operator=(const Heap&) = delete;
+  T* data() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// Sums of a weight gradient in a fixed number of parts, so that the result does not depend on the threads:
+// body(part, begin, end, sums) adds tasks [begin, end) to its own sums; the parts are added in order.
+template <class T, class F>
+void sum_in_parts(int64_t tasks, int64_t work_per_task, int64_t n, T* total, const Parallel& parallel, const F& body) {
+  std::memset(total, 0, n * sizeof(T));
+  if (tasks == 0 || n == 0) return;
+  const int64_t parts = least(8, tasks);
+  Heap<T> sums(parts * n);
+  std::memset(sums.data(), 0, parts * n * sizeof(T));
+  parallel(parts, grain_for(work_per_task * tasks / parts), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) body(p * tasks / parts, (p + 1) * tasks / parts, sums.data() + p * n);
+  });
+  for (int64_t p = 0; p < parts; ++p)
+    for (int64_t i = 0; i < n; ++i) total[i] += sums.data()[p * n + i];
+}
+
+}  // namespace
+}  // namespace sodfast

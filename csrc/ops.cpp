@@ -1,0 +1,61 @@
+// Every schema of torch.ops.sodfast, and the Python module sodfast._C. xs and grads are lists of (B, C_i, H/2^i, W/2^i),
+// high resolution first; a scale may have no channels. bias and slope are an epilogue: prelu(result + bias, slope).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+STABLE_TORCH_LIBRARY(sodfast, m) {
+  // Cross-scale convolution, weight [Σ out, Σ in, k, k]: stride 2 averages first; max-pool down, bilinear up.
+  m.def("goctconv(Tensor[] xs, Tensor weight, Tensor? bias, Tensor? slope, int[] out_channels, int stride) -> Tensor[]");
+  m.def("goctconv_grad_input(Tensor[] grads, Tensor[] xs, Tensor weight, int stride) -> Tensor[]");
+  m.def("goctconv_grad_weight(Tensor[] grads, Tensor[] xs, Tensor weight, int stride) -> Tensor");
+
+  // Depthwise 3×3 of every scale, weight [Σ C, 1, 3, 3].
+  m.def("goctconv_depthwise(Tensor[] xs, Tensor weight, Tensor? bias, Tensor? slope, int dilation) -> Tensor[]");
+  m.def("goctconv_depthwise_grad_input(Tensor[] grads, Tensor weight, int dilation) -> Tensor[]");
+  m.def("goctconv_depthwise_grad_weight(Tensor[] grads, Tensor[] xs, Tensor weight, int dilation) -> Tensor");
+
+  // Parallel dense 3×3 at several dilations, concatenated; out_channels is scales × dilations, 0: no such branch.
+  m.def("goctconv_dilated(Tensor[] xs, Tensor[] weights, Tensor? bias, Tensor? slope, int[] dilations, "
+        "int[] out_channels) -> Tensor[]");
+  m.def("goctconv_dilated_grad_input(Tensor[] grads, Tensor[] weights, int[] dilations, int[] out_channels) -> Tensor[]");
+  m.def("goctconv_dilated_grad_weight(Tensor[] grads, Tensor[] xs, Tensor[] weights, int[] dilations, "
+        "int[] out_channels) -> Tensor[]");
+
+  // BatchNorm + PReLU; returns the result, batch mean, biased batch variance, spatial means of the result (B, Σ C).
+  m.def("goctconv_norm_act(Tensor[] xs, Tensor weight, Tensor bias, Tensor slope, Tensor running_mean, "
+        "Tensor running_var, bool training, float eps) -> (Tensor[], Tensor, Tensor, Tensor)");
+  m.def("goctconv_norm_act_backward(Tensor[] grads, Tensor[] xs, Tensor weight, Tensor bias, Tensor slope, Tensor mean, "
+        "Tensor var, bool training, float eps) -> (Tensor[], Tensor, Tensor, Tensor)");
+  // Running statistics from a batch's; channels and counts (values per channel) are per scale.
+  m.def("goctconv_update_stats_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
+        "int[] channels, int[] counts, float momentum) -> ()");
+}
+
+#define SODFAST_STRING_(x) #x
+#define SODFAST_STRING(x) SODFAST_STRING_(x)
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled kernels of sodfast; importing it registers torch.ops.sodfast.";
+  m.def("build_info", [] {
+    return std::map<std::string, std::string>{
+        {"compiler", SODFAST_COMPILER}, {"version", SODFAST_VERSION}, {"torch_abi", SODFAST_STRING(TORCH_TARGET_VERSION)}};
+  });
+  m.def("cpu_isa", [] { return std::string(sodfast::cpu_isa()); });
+  m.def("cpu_isas", [] {
+    std::vector<std::string> names;
+    for (int i = 0; i < sodfast::cpu_isa_count(); ++i) names.emplace_back(sodfast::cpu_isa_name(i));
+    return names;
+  });
+  m.def("cpu_isa_unknown", [] { return sodfast::cpu_isa_unknown(); });
+  m.def("set_cpu_isa", [](const std::string& name) {
+    if (!sodfast::set_cpu_isa(name.c_str()))
+      throw pybind11::value_error("cpu instruction set '" + name + "' is not available here");
+  });
+}
