@@ -1,0 +1,23 @@
+"""sodfast: salient object detection with tiny networks, and the fast layers under them."""
+
+__version__ = "0.1.0"
+
+from . import nn, ops
+from .fuse import fuse
+from .models import count, create_model, list_models
+from .ops._backend import info, use_backend
+from .weights import load, save
+
+__all__ = [
+    "__version__",
+    "count",
+    "create_model",
+    "fuse",
+    "info",
+    "list_models",
+    "load",
+    "nn",
+    "ops",
+    "save",
+    "use_backend",
+]

@@ -1,0 +1,64 @@
+"""The inference form of a network: batch normalisation folded, PReLU as an epilogue."""
+
+import copy
+
+import torch
+from torch import nn
+
+from .nn import DilatedBank, GOctConv, NormAct, SimplifiedGOctConv
+from .weights import flush_denormals
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Return the inference form of a model: same call, same result to 5e-5.
+
+    Every convolution named in a module's ``fusable_pairs`` takes over the batch normalisation
+    (folded in float64, as variances are near 1e-4), the weight gain and the PReLU of its
+    :class:`~sodfast.nn.NormAct`. The result is a copy in eval mode without state: several
+    threads may call it. It cannot be trained further; fuse again after training.
+
+    Args:
+        model: any module; what has no ``fusable_pairs`` stays as it is.
+
+    Raises:
+        TypeError: a pair names something that cannot be fused.
+    """
+    fused = copy.deepcopy(model).eval()
+    for module in list(fused.modules()):
+        for conv_name, norm_name in getattr(module, "fusable_pairs", ()):
+            conv = module if conv_name == "self" else getattr(module, conv_name)
+            norm = getattr(module, norm_name)
+            if isinstance(norm, nn.Identity):  # fused before
+                continue
+            if not isinstance(norm, NormAct) or not isinstance(
+                conv, (GOctConv, SimplifiedGOctConv, DilatedBank)
+            ):
+                raise TypeError(
+                    f"{type(module).__name__}.fusable_pairs names ({conv_name!r}, {norm_name!r}): "
+                    f"a {type(conv).__name__} and a {type(norm).__name__} cannot be fused"
+                )
+            _fold(conv, norm)
+            setattr(module, norm_name, nn.Identity())
+    return fused.requires_grad_(False)
+
+
+@torch.no_grad()
+def _fold(conv: GOctConv | SimplifiedGOctConv | DilatedBank, norm: NormAct) -> None:
+    """Move γ (W x + b − μ) / sqrt(σ² + ε) + β and the PReLU after it into the convolution."""
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    shift = norm.bias.double() - norm.running_mean.double() * scale
+    if conv.bias is not None:
+        shift += conv.bias.double() * scale
+    rows = scale * getattr(conv, "weight_gain", 1.0)
+    if isinstance(conv, DilatedBank):
+        per_scale = rows.split([weight.shape[0] for weight in conv.weights])
+        for weight, row in zip(conv.weights, per_scale):
+            weight.copy_(flush_denormals(weight.double() * row.view(-1, 1, 1, 1)))
+    else:
+        conv.weight.copy_(flush_denormals(conv.weight.double() * rows.view(-1, 1, 1, 1)))
+    if not isinstance(conv, GOctConv):
+        conv.weight_gain = 1.0
+    # Buffers now, also what was a learned bias: nothing here is trained any more.
+    del conv.bias, conv.slope
+    conv.register_buffer("bias", flush_denormals(shift).to(norm.bias.dtype))
+    conv.register_buffer("slope", flush_denormals(norm.slope.detach()))

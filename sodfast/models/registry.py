@@ -1,0 +1,47 @@
+"""Models by name: what create_model, the weight files and the command line go by."""
+
+import difflib
+import inspect
+from typing import Any
+
+from torch import nn
+
+from .csnet import CSNet
+
+_MODELS: dict[str, type[nn.Module]] = {"csnet": CSNet}
+
+
+def list_models() -> list[str]:
+    """The names that :func:`create_model` knows."""
+    return sorted(_MODELS)
+
+
+def create_model(name: str, **config: Any) -> nn.Module:
+    """Build a model with fresh weights.
+
+    Every model has ``name``, ``config`` (JSON-able; ``create_model(m.name, **m.config)``
+    builds the same network again) and ``preprocessing`` (what its images need).
+
+    Args:
+        name: one of :func:`list_models`.
+        config: the model's own arguments, see its class.
+
+    Raises:
+        ValueError: an unknown name or argument (with the nearest known one), or an argument's
+            value that the model refuses.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"unknown model {name!r}{_nearest(name, list_models())}")
+    model = _MODELS[name]
+    known = list(inspect.signature(model).parameters)
+    for key in config:
+        if key not in known:
+            raise ValueError(f"{name} has no argument {key!r}{_nearest(key, known)}")
+    return model(**config)
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known are {', '.join(known)}"

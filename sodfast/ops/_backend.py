@@ -1,0 +1,199 @@
+"""The one place that chooses what an op runs on: cpu, cuda, triton or the reference.
+
+Every refusal is a sentence with the value that caused it. The choice is process-wide.
+"""
+
+import os
+import platform
+import warnings
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import sodfast._C as _C
+except ModuleNotFoundError:
+    _C = None
+    _NO_MODULE = "the compiled module sodfast._C is not there (sodfast was not built here)"
+except ImportError as error:  # built against something else, or a damaged file
+    _C = None
+    _NO_MODULE = f"the compiled module sodfast._C could not be loaded ({error})"
+else:
+    _NO_MODULE = ""
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+_NO_TRITON = "this version of sodfast has no Triton kernels"
+
+# Which ops have a compiled kernel for which device, read once from torch's dispatcher.
+_KERNELS: dict[str, frozenset[str]] = {
+    device: frozenset(
+        name.removeprefix("sodfast::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("sodfast::")
+        and torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())
+    )
+    for device in ("cpu", "cuda")
+}
+_CPU_DTYPES = (torch.float32, torch.float64)
+
+_requested: str | None = os.environ.get("SODFAST_BACKEND") or None
+_warned: set[str] = set()
+
+
+def choose(op: str, x: Tensor) -> str:
+    """The backend that runs ``op`` on tensors like ``x``.
+
+    Returns "cpu", "cuda", "triton" or "reference". Without a request it is the compiled kernel
+    of x's device, or, with a warning the first time, the reference.
+
+    Raises:
+        RuntimeError: the backend asked for by name cannot run this op on this tensor.
+        ValueError: SODFAST_BACKEND holds an unknown name.
+    """
+    device = x.device.type
+    if _requested == "reference" or device == "meta":
+        return "reference"
+    candidate = _requested or device
+    reason = _refusal(candidate, op, device, x.dtype)
+    if reason is None:
+        return candidate
+    if _requested is not None:
+        _known(_requested)
+        raise RuntimeError(f"the backend {_requested!r} was asked for, but {reason}")
+    if not torch.compiler.is_compiling() and reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"sodfast runs on the slower reference: {reason}", stacklevel=3)
+    return "reference"
+
+
+def _refusal(backend: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run an op on a device and dtype; None when it can."""
+    if backend == "triton":
+        return _NO_TRITON
+    if backend != device:
+        return f"{op} got a tensor on {device}"
+    if backend not in _KERNELS or op not in _KERNELS[backend]:
+        if backend == "cpu" and _NO_MODULE:
+            return _NO_MODULE
+        return f"this build of sodfast has no {backend} kernel for {op}"
+    if backend == "cpu" and dtype not in _CPU_DTYPES and not torch.is_autocast_enabled("cpu"):
+        return f"the cpu kernels take float32 and float64, not {dtype}"
+    return None
+
+
+def _known(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known are {', '.join(BACKENDS)}")
+
+
+class use_backend:
+    """Ask for a backend by name, or with None let sodfast choose again.
+
+    ``use_backend("reference")`` holds from now on; ``with use_backend("reference"):`` until
+    the block ends. The environment variable SODFAST_BACKEND sets the first value. The request
+    is process-wide: other threads see it too. A backend that cannot run raises a RuntimeError
+    that says why, here when it can never run in this process and otherwise when an op is
+    called.
+
+    Args:
+        name: "cpu", "cuda", "triton", "reference" or None.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the backend is not available in this process.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _requested
+        if name is not None:
+            _known(name)
+            reason = available()[name]
+            if reason:
+                raise RuntimeError(f"the backend {name!r} was asked for, but {reason}")
+        self._previous, _requested = _requested, name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        global _requested
+        _requested = self._previous
+
+
+def available() -> dict[str, str]:
+    """Every backend with the reason why it cannot run here; an empty string when it can."""
+    no_cuda = "" if _KERNELS["cuda"] else "this build of sodfast has no CUDA kernels"
+    no_cpu = "" if _KERNELS["cpu"] else _NO_MODULE or "sodfast._C registered no cpu kernel"
+    return {"cpu": no_cpu, "cuda": no_cuda, "triton": _NO_TRITON, "reference": ""}
+
+
+def info() -> str:
+    """What sodfast runs on here, one sentence per line: versions, backends, the request."""
+    from sodfast import __version__
+
+    lines = [
+        f"sodfast {__version__} with torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {torch.get_num_threads()} threads."
+    ]
+    for name, reason in available().items():
+        if reason:
+            lines.append(f"{name}: not available, because {reason}.")
+        elif name == "cpu" and _C is not None:
+            build = _C.build_info()
+            lines.append(
+                f"cpu: compiled kernels run as {_C.cpu_isa()} (this machine and build offer "
+                f"{', '.join(_C.cpu_isas())}; version {build['version']}, built by "
+                f"{build['compiler']})."
+            )
+            if _C.cpu_isa_unknown():
+                wanted = os.environ.get("SODFAST_CPU_ISA")
+                lines.append(f"cpu: SODFAST_CPU_ISA is {wanted!r}, which is none of them.")
+        elif name == "reference":
+            lines.append("reference: plain torch, always available.")
+        else:
+            lines.append(f"{name}: compiled kernels.")
+    if _requested is None:
+        lines.append("No backend was asked for: each op takes the first that serves its tensors.")
+    else:
+        lines.append(f"The backend {_requested!r} was asked for.")
+    return "\n".join(lines)
+
+
+def _refuse_second_derivative(op: str, *_: Any) -> None:
+    raise RuntimeError(
+        f"sodfast::{op} has no gradient: the compiled ops can be differentiated once; "
+        'use_backend("reference") can more often'
+    )
+
+
+def register(
+    op: str,
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+    autocast: bool = True,
+) -> None:
+    """Add the Python side of a compiled op: fake, autograd formula, autocast rule.
+
+    An op without a backward is a gradient itself: differentiating it is refused, where torch
+    would warn and go on with zeros. An op whose name ends in "_" works in place and has no
+    autograd. Does nothing when no compiled module has defined the op.
+    """
+    if not any(op in ops for ops in _KERNELS.values()):
+        return
+    name = f"sodfast::{op}"
+    torch.library.register_fake(name, fake)
+    if not op.endswith("_"):
+        formula = backward or partial(_refuse_second_derivative, op)
+        torch.library.register_autograd(name, formula, setup_context=setup_context)
+    if autocast:  # tiny activations and variances: half precision is no good on the CPU
+        torch.library.register_autocast(name, "cpu", torch.float32)
