@@ -144,8 +144,8 @@ def test_published_weights_give_the_published_results(published, backend, device
     def keep_bank(_, __, ys):
         inner.update({f"x1_ms.{i}": y for i, y in enumerate(ys)})
 
-    def keep_head(_, __, y):
-        inner["x1_cls_layer_pre_upsample"] = y
+    def keep_head(_, __, ys):
+        inner["x1_cls_layer_pre_upsample"] = ys[0]
 
     model.fusion.bank.register_forward_hook(keep_bank)
     model.head.register_forward_hook(keep_head)

@@ -65,7 +65,8 @@ inline Pyramid pyramid_of(const char* op, const char* name, const Tensors& xs) {
     if (s == 0) p.batch = x.size(0), p.height = x.size(2), p.width = x.size(3);
     check(x.size(0) == p.batch, op, name, "[", s, "] has batch ", x.size(0), ", scale 0 has ", p.batch);
     check(x.size(2) << s == p.height && x.size(3) << s == p.width && x.size(2) > 0 && x.size(3) > 0, op, name, "[", s,
-          "] is ", x.size(2), "x", x.size(3), ", which is not scale 0's ", p.height, "x", p.width, " divided by ", 1 << s);
+          "] is ", x.size(2), "x", x.size(3), ", which is not scale 0's ", p.height, "x", p.width, " divided by ",
+          1 << s);
     p.channels[s] = x.size(1);
   }
   return p;
@@ -74,8 +75,8 @@ inline Pyramid pyramid_of(const char* op, const char* name, const Tensors& xs) {
 inline void check_pyramid(const char* op, const char* name, const Tensors& xs, const Pyramid& p) {
   check(static_cast<int>(xs.size()) == p.scales, op, name, " must hold ", p.scales, " scales, got ", xs.size());
   for (int s = 0; s < p.scales; ++s)
-    check(xs[s].dim() == 4 && xs[s].size(0) == p.batch && xs[s].size(1) == p.channels[s] && xs[s].size(2) == p.rows(s) &&
-              xs[s].size(3) == p.cols(s),
+    check(xs[s].dim() == 4 && xs[s].size(0) == p.batch && xs[s].size(1) == p.channels[s] &&
+              xs[s].size(2) == p.rows(s) && xs[s].size(3) == p.cols(s),
           op, name, "[", s, "] must have shape (", p.batch, ", ", p.channels[s], ", ", p.rows(s), ", ", p.cols(s),
           "), got ", shape_of(xs[s]));
 }

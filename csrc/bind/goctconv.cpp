@@ -23,8 +23,8 @@ GOctConvShape shape_for(const char* op, const Tensors& xs, const Tensor& weight,
     check(out_channels[s] >= 0, op, "out_channels[", s, "] must not be negative, got ", out_channels[s]);
     out.channels[s] = out_channels[s];
   }
-  check(weight.size(0) == out.total() && weight.size(1) == shape.in.total(), op, "weight must have shape (", out.total(),
-        ", ", shape.in.total(), ", k, k) for these scales, got ", shape_of(weight));
+  check(weight.size(0) == out.total() && weight.size(1) == shape.in.total(), op, "weight must have shape (",
+        out.total(), ", ", shape.in.total(), ", k, k) for these scales, got ", shape_of(weight));
   const int last = (shape.in.scales > out.scales ? shape.in.scales : out.scales) - 1;
   check(out.height > 0 && out.width > 0 && out.height % (1 << last) == 0 && out.width % (1 << last) == 0, op, "a ",
         shape.in.height, "x", shape.in.width, " input at stride ", stride, " gives ", out.height, "x", out.width,

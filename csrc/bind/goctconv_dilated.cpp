@@ -4,7 +4,8 @@
 namespace sodfast {
 namespace {
 
-// `known` is the side whose tensors are given (the input, or the output's gradient); the other follows from the weights.
+// `known` is the side whose tensors are given (the input, or the output's gradient); the other follows from the
+// weights.
 DilatedShape shape_for(const char* op, const Tensors& xs, bool xs_are_inputs, const Tensors& weights,
                        const std::vector<int64_t>& dilations, const std::vector<int64_t>& out_channels) {
   DilatedShape shape;
@@ -12,7 +13,8 @@ DilatedShape shape_for(const char* op, const Tensors& xs, bool xs_are_inputs, co
   Pyramid other = known;
   const size_t n = dilations.size();
   check(n >= 1 && n <= max_dilations, op, "dilations must name 1 to ", max_dilations, " branches, got ", n);
-  check(weights.size() == xs.size(), op, "weights must hold one tensor per scale: ", xs.size(), ", got ", weights.size());
+  check(weights.size() == xs.size(), op, "weights must hold one tensor per scale: ", xs.size(), ", got ",
+        weights.size());
   check(out_channels.size() == n * xs.size(), op, "out_channels must hold scales x dilations = ", n * xs.size(),
         " numbers, got ", out_channels.size());
   shape.dilations = static_cast<int>(n);

@@ -171,9 +171,9 @@ void grad_rows(const RowsGrad<T>& r) {
   const Blocks outs(r.n_outs, Tile::grad_outs), taps(r.n_taps, Tile::grad_taps);
   for (int64_t i = 0; i < taps.count; ++i)
     for (int64_t b = 0; b < outs.count; ++b)
-      grad_block<T, Tile::grad_outs, Tile::grad_taps>(r, outs.begin(b), static_cast<int>(outs.begin(b + 1) - outs.begin(b)),
-                                                      taps.begin(i),
-                                                      static_cast<int>(taps.begin(i + 1) - taps.begin(i)));
+      grad_block<T, Tile::grad_outs, Tile::grad_taps>(
+          r, outs.begin(b), static_cast<int>(outs.begin(b + 1) - outs.begin(b)), taps.begin(i),
+          static_cast<int>(taps.begin(i + 1) - taps.begin(i)));
 }
 
 }  // namespace

@@ -31,7 +31,11 @@ struct Forward {
   const Pyramid& to() const { return shape.out; }
   Map map(int i, int s, int64_t b) const {  // source scale i as scale s >= i sees it
     const Pyramid& in = shape.in;
-    return {xs[i] + b * in.channels[i] * in.area(i), in.channels[i], in.rows(i), in.cols(i), int64_t(1) << (s - i),
+    return {xs[i] + b * in.channels[i] * in.area(i),
+            in.channels[i],
+            in.rows(i),
+            in.cols(i),
+            int64_t(1) << (s - i),
             shape.stride == 2};
   }
   T weight_at(int64_t o, int64_t c, int64_t position) const {
@@ -51,7 +55,8 @@ struct Backward {
   const Pyramid& to() const { return shape.in; }
   Map map(int j, int s, int64_t b) const {
     const Pyramid& out = shape.out;
-    return {gys[j] + b * out.channels[j] * out.area(j), out.channels[j], out.rows(j), out.cols(j), int64_t(1) << (s - j)};
+    return {gys[j] + b * out.channels[j] * out.area(j), out.channels[j], out.rows(j), out.cols(j),
+            int64_t(1) << (s - j)};
   }
   T weight_at(int64_t c, int64_t o, int64_t position) const {
     const int64_t k2 = shape.kernel * shape.kernel;
@@ -65,7 +70,12 @@ class ScaleTask {
  public:
   using Map = typename Direction::Map;
   ScaleTask(const Direction& d, int s, int64_t height, int64_t width)
-      : d_(d), s_(s), outs_(d.to().channels[s]), height_(height), width_(width), k2_(d.shape.kernel * d.shape.kernel) {
+      : d_(d),
+        s_(s),
+        outs_(d.to().channels[s]),
+        height_(height),
+        width_(width),
+        k2_(d.shape.kernel * d.shape.kernel) {
     const Pyramid& from = d.from();
     fine_ = s + 1 < from.scales ? s + 1 : from.scales;
     for (int i = s + 1; i < from.scales; ++i)
@@ -113,10 +123,12 @@ class ScaleTask {
       low_buffer = most(low_buffer, d_.from().channels[coarse_[m]] * (n + 2) * (width_ / factor + 2));
     }
     const bool start = n_coarse_ > 0, lines = emit != nullptr;
-    const int64_t group = start ? int64_t(1) << (coarse_[n_coarse_ - 1] - s_) : 1;  // rows of the coarsest source's pixel
+    const int64_t group =
+        start ? int64_t(1) << (coarse_[n_coarse_ - 1] - s_) : 1;  // rows of the coarsest source's pixel
     Scratch scratch(Scratch::bytes<T>(fine.buffer(rows)) + Scratch::bytes<const T*>(most_taps) +
                     Scratch::bytes<T>(line_items) + Scratch::bytes<T>(low_items) + Scratch::bytes<T>(low_buffer) +
-                    Scratch::bytes<T>(start ? group * outs_ * width_ : 0) + Scratch::bytes<T>(lines ? outs_ * width_ : 0));
+                    Scratch::bytes<T>(start ? group * outs_ * width_ : 0) +
+                    Scratch::bytes<T>(lines ? outs_ * width_ : 0));
     T* buffer = scratch.take<T>(fine.buffer(rows));
     const T** taps = scratch.take<const T*>(most_taps);
     T* line = scratch.take<T>(line_items);
@@ -135,9 +147,17 @@ class ScaleTask {
       const int64_t y = y0 + r;
       if (start && r % group == 0) start_from(lows, b, y, group, start_rows, line);
       fine.point(y0, rows, r, buffer, kernel, 1, taps);
-      RowConv<T> conv{taps, fine_channels_ * k2_, packed_fine_, outs_, width_,
-                      lines ? out_row : out + y * width_, lines ? width_ : height_ * width_,
-                      start ? start_rows + r % group * outs_ * width_ : nullptr, width_, bias, slope};
+      RowConv<T> conv{taps,
+                      fine_channels_ * k2_,
+                      packed_fine_,
+                      outs_,
+                      width_,
+                      lines ? out_row : out + y * width_,
+                      lines ? width_ : height_ * width_,
+                      start ? start_rows + r % group * outs_ * width_ : nullptr,
+                      width_,
+                      bias,
+                      slope};
       conv_row(conv);
       if (lines) (*emit)(y, out_row, width_);
     }
@@ -168,8 +188,8 @@ class ScaleTask {
     source.stage(first, n, staged, line);
     for (int64_t r = 0; r < n; ++r) {
       source.point(first, n, r, staged, d_.shape.kernel, 1, taps);
-      conv_row(RowConv<T>{taps, source.channels * k2_, packed_coarse_[m], outs_, cols, low + r * cols, n * cols, nullptr, 0,
-                          nullptr, nullptr});
+      conv_row(RowConv<T>{taps, source.channels * k2_, packed_coarse_[m], outs_, cols, low + r * cols, n * cols,
+                          nullptr, 0, nullptr, nullptr});
     }
     return {low, first, n, cols, height, factor, i};
   }
@@ -190,12 +210,16 @@ class ScaleTask {
       const Pyramid& in = d_.shape.in;
       for (int m = 0; m < n_coarse_; ++m) {
         const Low& low = lows[m];
-        const PooledMap<T> x{d_.xs[s_] + b * in.channels[s_] * in.area(s_), in.channels[s_], in.rows(s_), in.cols(s_),
-                             low.factor, d_.shape.stride == 2};
+        const PooledMap<T> x{d_.xs[s_] + b * in.channels[s_] * in.area(s_),
+                             in.channels[s_],
+                             in.rows(s_),
+                             in.cols(s_),
+                             low.factor,
+                             d_.shape.stride == 2};
         for (int64_t r = 0; r < group; r += low.factor)
           for (int64_t o = 0; o < outs_; ++o)
-            x.unpool_add(o, (y + r) / low.factor, low.row(o, (y + r) / low.factor),
-                         start + (r * outs_ + o) * width_, outs_ * width_, line);
+            x.unpool_add(o, (y + r) / low.factor, low.row(o, (y + r) / low.factor), start + (r * outs_ + o) * width_,
+                         outs_ * width_, line);
       }
     }
   }
@@ -238,8 +262,7 @@ void forward(const GOctConvShape& shape, const T* const* xs, const T* weight, co
 template <class T>
 void spread_average(const T* gradient, int64_t n, T* row0, int64_t cols) {
   T* row1 = row0 + cols;
-  for (int64_t x = 0; x < n; ++x)
-    row0[2 * x] = row0[2 * x + 1] = row1[2 * x] = row1[2 * x + 1] = T(0.25) * gradient[x];
+  for (int64_t x = 0; x < n; ++x) row0[2 * x] = row0[2 * x + 1] = row1[2 * x] = row1[2 * x + 1] = T(0.25) * gradient[x];
   for (int64_t x = 2 * n; x < cols; ++x) row0[x] = row1[x] = 0;
 }
 
@@ -299,7 +322,8 @@ void grad_weight(const GOctConvShape& shape, const T* const* gys, const T* const
       const int64_t n = least(band[r], rows - y0);
       PooledMap<T> maps[max_scales];
       GradientMap<T> grads[max_scales];
-      const int n_maps = static_cast<int>(least(r + 1, in.scales)), n_grads = static_cast<int>(least(r + 1, out.scales));
+      const int n_maps = static_cast<int>(least(r + 1, in.scales)),
+                n_grads = static_cast<int>(least(r + 1, out.scales));
       for (int m = 0; m < n_maps; ++m) maps[m] = pooled.map(m, r, b);
       for (int m = 0; m < n_grads; ++m) grads[m] = lowered.map(m, r, b);
       const Taps<T, PooledMap<T>> x(maps, n_maps, pad, cols, true);

@@ -22,7 +22,11 @@ template <class T>
 class PaddedLines {
  public:
   PaddedLines(const T* plane, int64_t rows, int64_t cols, int64_t dilation, T* buffer)
-      : plane_(plane), rows_(rows), cols_(cols), pad_(dilation), buffer_(buffer) {
+      : plane_(plane),
+        rows_(rows),
+        cols_(cols),
+        pad_(dilation),
+        buffer_(buffer) {
     std::memset(buffer, 0, items(cols, dilation) * sizeof(T));
   }
   static int64_t items(int64_t cols, int64_t dilation) { return (2 * dilation + 2) * (cols + 2 * dilation); }
@@ -46,7 +50,8 @@ void plane_rows(const T* x, int64_t rows, int64_t cols, int64_t d, const T* w, b
                 int64_t y0, int64_t y1, T* buffer) {
   const PaddedLines<T> lines(x, rows, cols, d, buffer);
   const auto at = [&](int i) { return Vec<T>(flip ? w[8 - i] : w[i]); };
-  const Vec<T> w0 = at(0), w1 = at(1), w2 = at(2), w3 = at(3), w4 = at(4), w5 = at(5), w6 = at(6), w7 = at(7), w8 = at(8);
+  const Vec<T> w0 = at(0), w1 = at(1), w2 = at(2), w3 = at(3), w4 = at(4), w5 = at(5), w6 = at(6), w7 = at(7),
+               w8 = at(8);
   const Vec<T> b(bias), s(slope);
   for (int64_t r = y0 - d; r < y0 + d; ++r) lines.load(r);
   for (int64_t r = y0; r < y1; ++r) {
@@ -55,7 +60,8 @@ void plane_rows(const T* x, int64_t rows, int64_t cols, int64_t d, const T* w, b
     T* out = y + r * cols;
     for_each_vector<T>(cols, [&](int64_t i, int64_t n) {
       Vec<T> u = fma(w0, load(above + i, n), b), v = w3 * load(here + i, n), z = w6 * load(below + i, n);
-      u = fma(w1, load(above + i + d, n), u), v = fma(w4, load(here + i + d, n), v), z = fma(w7, load(below + i + d, n), z);
+      u = fma(w1, load(above + i + d, n), u), v = fma(w4, load(here + i + d, n), v),
+      z = fma(w7, load(below + i + d, n), z);
       u = fma(w2, load(above + i + 2 * d, n), u), v = fma(w5, load(here + i + 2 * d, n), v);
       z = fma(w8, load(below + i + 2 * d, n), z);
       store(prelu(u + v + z, s), out + i, n);
@@ -87,8 +93,8 @@ void depthwise(const DepthwiseShape& shape, const T* const* xs, const T* weight,
 
 // One channel over the batch; rows are summed in float lanes, groups of rows in double.
 template <class T>
-void channel_grad(const T* gy, const T* x, int64_t batch, int64_t stride, int64_t rows, int64_t cols, int64_t d, T* grad,
-                  T* buffer) {
+void channel_grad(const T* gy, const T* x, int64_t batch, int64_t stride, int64_t rows, int64_t cols, int64_t d,
+                  T* grad, T* buffer) {
   constexpr int64_t group = 8;
   double total[9] = {};
   for (int64_t b = 0; b < batch; ++b) {
@@ -124,8 +130,8 @@ void depthwise_grad_weight(const DepthwiseShape& shape, const T* const* gys, con
       Scratch scratch(Scratch::bytes<T>(items));
       T* buffer = scratch.take<T>(items);
       for (int64_t c = begin; c < end; ++c)
-        channel_grad(gys[s] + c * area, xs[s] + c * area, maps.batch, channels * area, maps.rows(s), maps.cols(s),
-                     d, gweight + 9 * (maps.begin(s) + c), buffer);
+        channel_grad(gys[s] + c * area, xs[s] + c * area, maps.batch, channels * area, maps.rows(s), maps.cols(s), d,
+                     gweight + 9 * (maps.begin(s) + c), buffer);
     });
   }
 }

@@ -29,7 +29,10 @@ template <class T>
 struct Bands {
   int64_t pad, channels, rows_total, cols, batch, rows;
   Bands(const DilatedShape& shape, const Pyramid& source, int s, int64_t other_channels)
-      : pad(widest(shape, s)), channels(source.channels[s]), rows_total(source.rows(s)), cols(source.cols(s)),
+      : pad(widest(shape, s)),
+        channels(source.channels[s]),
+        rows_total(source.rows(s)),
+        cols(source.cols(s)),
         batch(source.batch) {
     const int64_t bytes = static_cast<int64_t>(sizeof(T));
     const int64_t per_row = (channels * (cols + 2 * pad) + other_channels * cols) * bytes;
@@ -79,7 +82,8 @@ void dilated(const DilatedShape& shape, const T* const* xs, const T* const* weig
             const int64_t o = first[d];
             conv_row(RowConv<T>{taps, n_taps, packed.data() + o * n_taps, shape.branch[s][d], bands.cols,
                                 ys[s] + (b * outs + o) * area + (y0 + r) * bands.cols, area, nullptr, 0,
-                                bias == nullptr ? nullptr : bias + o_s + o, slope == nullptr ? nullptr : slope + o_s + o});
+                                bias == nullptr ? nullptr : bias + o_s + o,
+                                slope == nullptr ? nullptr : slope + o_s + o});
           }
       }
     });
@@ -95,9 +99,8 @@ void dilated_grad_input(const DilatedShape& shape, const T* const* gys, const T*
     const Bands<T> bands(shape, shape.out, s, 0);
     const int64_t outs = bands.channels, n_taps = outs * 9;
     const Heap<T> packed(channels * n_taps);
-    pack_weights(channels, n_taps, packed.data(), [&](int64_t c, int64_t t) {
-      return weights[s][(t / 9 * channels + c) * 9 + 8 - t % 9];
-    });
+    pack_weights(channels, n_taps, packed.data(),
+                 [&](int64_t c, int64_t t) { return weights[s][(t / 9 * channels + c) * 9 + 8 - t % 9]; });
     parallel(bands.count(), grain_for(channels * n_taps * bands.rows * bands.cols), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = bands.sample(i), y0 = bands.first(i), rows = bands.height(i);
@@ -115,7 +118,8 @@ void dilated_grad_input(const DilatedShape& shape, const T* const* gys, const T*
               next = source.point_channel(o, rows, r, buffer, 3, dilation_on(shape, s, d), next);
             }
           conv_row(RowConv<T>{taps, n_taps, packed.data(), channels, bands.cols,
-                              gxs[s] + b * channels * area + (y0 + r) * bands.cols, area, nullptr, 0, nullptr, nullptr});
+                              gxs[s] + b * channels * area + (y0 + r) * bands.cols, area, nullptr, 0, nullptr,
+                              nullptr});
         }
       }
     });
@@ -145,8 +149,8 @@ void dilated_grad_weight(const DilatedShape& shape, const T* const* gys, const T
         for (int d = 0; d < shape.dilations; o += shape.branch[s][d], ++d) {
           if (shape.branch[s][d] == 0) continue;
           source.point(y0, rows, 0, buffer, 3, dilation_on(shape, s, d), taps);
-          grad_rows(RowsGrad<T>{grads + o, taps, shape.branch[s][d], n_taps, bands.cols, source.pitch(), rows, bands.cols,
-                                sums + o * n_taps, n_taps});
+          grad_rows(RowsGrad<T>{grads + o, taps, shape.branch[s][d], n_taps, bands.cols, source.pitch(), rows,
+                                bands.cols, sums + o * n_taps, n_taps});
         }
       }
     });

@@ -98,7 +98,8 @@ void norm_act(const Pyramid& maps, const T* const* xs, const T* gamma, const T* 
           mean[i] = static_cast<T>(moments.count > 0 ? moments.mean : std::nan(""));
           var[i] = static_cast<T>(moments.count > 0 ? moments.m2 / moments.count : std::nan(""));
         }
-        const T scale = static_cast<T>(static_cast<double>(gamma[i]) / std::sqrt(static_cast<double>(var[i]) + static_cast<double>(eps)));
+        const T scale = static_cast<T>(static_cast<double>(gamma[i]) /
+                                       std::sqrt(static_cast<double>(var[i]) + static_cast<double>(eps)));
         for (int64_t b = 0; b < maps.batch; ++b) {
           const int64_t plane = (b * channels + c) * area;
           const double sum = apply(xs[s] + plane, area, mean[i], scale, beta[i], slope[i], ys[s] + plane);
@@ -159,7 +160,8 @@ void norm_act_backward(const Pyramid& maps, const T* const* gys, const T* const*
         const double n = static_cast<double>(maps.batch * area);
         const Vec<T> m(mean[i]), r(inv), a(gamma[i]), bb(beta[i]), sl(slope[i]), zero(T(0));
         const Vec<T> k(static_cast<T>(static_cast<double>(gamma[i]) * inverse));
-        const Vec<T> mean_gz(static_cast<T>(training ? sums.gz / n : 0)), mean_gzx(static_cast<T>(training ? sums.gz_xhat / n : 0));
+        const Vec<T> mean_gz(static_cast<T>(training ? sums.gz / n : 0)),
+            mean_gzx(static_cast<T>(training ? sums.gz_xhat / n : 0));
         for (int64_t b = 0; b < maps.batch; ++b) {
           const int64_t plane = (b * channels + c) * area;
           const T *g = gys[s] + plane, *x = xs[s] + plane;

@@ -41,7 +41,11 @@ struct Taps {
   bool staged;
 
   Taps(const Map* m, int n, int64_t padding, int64_t width, bool always_stage)
-      : maps(m), n_maps(n), pad(padding), cols(width), staged(always_stage || padding > 0) {
+      : maps(m),
+        n_maps(n),
+        pad(padding),
+        cols(width),
+        staged(always_stage || padding > 0) {
     for (int i = 0; i < n; ++i) {
       channels += m[i].channels;
       staged = staged || (m[i].channels > 0 && !m[i].direct());

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sodfast.nn import CrossStageFusion, ILBlock
+from sodfast.nn import CrossStageFusion, GOctConv, ILBlock
 from sodfast.nn.blocks import DILATIONS
 
 BASE_CHANNELS = 20  # stage 0 and 1 at width 1, both scales together
@@ -92,7 +92,7 @@ class CSNet(nn.Module):
             channels["merge"],
             weight_gain=weight_gain,
         )
-        self.head = nn.Conv2d(channels["merge"], 1, kernel_size=1)
+        self.head = GOctConv(channels["merge"], 1, bias=True)
 
     def forward(self, image: Tensor) -> Tensor:
         _check_image(image, self.config["in_channels"])
@@ -102,7 +102,7 @@ class CSNet(nn.Module):
             xs = blocks(xs)
             if stage in FUSED_STAGES:
                 features.append(xs[0])
-        logits = self.head(self.fusion(features)[0])
+        logits = self.head(self.fusion(features))[0]
         return F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=False)
 
 

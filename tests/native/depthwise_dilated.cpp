@@ -31,8 +31,8 @@ std::vector<Values> literal(const DepthwiseShape& shape, const std::vector<Value
   std::vector<Values> ys = zeros(p);
   for (int s = 0; s < p.scales; ++s)
     for (int64_t i = 0; i < p.batch * p.channels[s]; ++i)
-      literal(xs[s].data() + i * p.area(s), w.data() + 9 * (p.begin(s) + i % p.channels[s]), ys[s].data() + i * p.area(s), 1,
-              1, p.rows(s), p.cols(s), shape.dilation);
+      literal(xs[s].data() + i * p.area(s), w.data() + 9 * (p.begin(s) + i % p.channels[s]),
+              ys[s].data() + i * p.area(s), 1, 1, p.rows(s), p.cols(s), shape.dilation);
   return ys;
 }
 

@@ -10,7 +10,10 @@ struct Map {  // one sample's scale
   int64_t c = 0, h = 0, w = 0;
   Values v;
   Map(int64_t channels, int64_t height, int64_t width)
-      : c(channels), h(height), w(width), v(static_cast<size_t>(channels * height * width)) {}
+      : c(channels),
+        h(height),
+        w(width),
+        v(static_cast<size_t>(channels * height * width)) {}
   double& at(int64_t k, int64_t y, int64_t x) { return v[static_cast<size_t>((k * h + y) * w + x)]; }
 };
 
@@ -50,7 +53,8 @@ Map upsample(Map m, int64_t f) {
 std::vector<Values> literal(const GOctConvShape& shape, const std::vector<Values>& xs, const Values& weight) {
   const Pyramid &in = shape.in, &out = shape.out;
   std::vector<Values> ys;
-  for (int j = 0; j < out.scales; ++j) ys.emplace_back(static_cast<size_t>(out.batch * out.channels[j] * out.area(j)), 0.0);
+  for (int j = 0; j < out.scales; ++j)
+    ys.emplace_back(static_cast<size_t>(out.batch * out.channels[j] * out.area(j)), 0.0);
   const int64_t k = shape.kernel, k2 = k * k;
   for (int64_t b = 0; b < in.batch; ++b)
     for (int i = 0; i < in.scales; ++i) {
@@ -67,8 +71,9 @@ std::vector<Values> literal(const GOctConvShape& shape, const std::vector<Values
                 for (int64_t t = 0; t < k2; ++t) {
                   const int64_t yy = r + t / k - k / 2, xx = q + t % k - k / 2;
                   if (yy < 0 || yy >= y.h || xx < 0 || xx >= y.w) continue;
-                  y.at(o, r, q) += source.at(c, yy, xx) *
-                                   weight[static_cast<size_t>(((out.begin(j) + o) * in.total() + in.begin(i) + c) * k2 + t)];
+                  y.at(o, r, q) +=
+                      source.at(c, yy, xx) *
+                      weight[static_cast<size_t>(((out.begin(j) + o) * in.total() + in.begin(i) + c) * k2 + t)];
                 }
         if (j < i) y = upsample(y, int64_t(1) << (i - j));
         for (size_t n = 0; n < y.v.size(); ++n) ys[j][static_cast<size_t>(b) * y.v.size() + n] += y.v[n];
@@ -125,8 +130,8 @@ void test_goctconv(int cases) {
     std::vector<Values> activated = expected;
     for (int s = 0; s < c.shape.out.scales; ++s)
       for (size_t i = 0; i < activated[s].size(); ++i) {
-        const size_t o = static_cast<size_t>(c.shape.out.begin(s)) + i / static_cast<size_t>(c.shape.out.area(s)) %
-                                                                     static_cast<size_t>(c.shape.out.channels[s]);
+        const size_t o = static_cast<size_t>(c.shape.out.begin(s)) +
+                         i / static_cast<size_t>(c.shape.out.area(s)) % static_cast<size_t>(c.shape.out.channels[s]);
         const double z = activated[s][i] + c.bias[o];
         activated[s][i] = z > 0 ? z : z * c.slope[o];
       }

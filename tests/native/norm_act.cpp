@@ -22,7 +22,8 @@ struct Case {
     for (int64_t i = 0; i < n; ++i) var.push_back(0.1 + std::abs(static_cast<double>(static_cast<float>(normal()))));
   }
   size_t channel(int s, size_t i) const {
-    return static_cast<size_t>(maps.begin(s)) + i / static_cast<size_t>(maps.area(s)) % static_cast<size_t>(maps.channels[s]);
+    return static_cast<size_t>(maps.begin(s)) +
+           i / static_cast<size_t>(maps.area(s)) % static_cast<size_t>(maps.channels[s]);
   }
 };
 
@@ -35,7 +36,8 @@ std::vector<Values> literal(Case& c) {
       for (size_t i = 0; i < c.xs[s].size(); ++i) count[c.channel(s, i)] += 1, sum[c.channel(s, i)] += c.xs[s][i];
     for (size_t i = 0; i < n; ++i) c.mean[i] = sum[i] / count[i];
     for (int s = 0; s < c.maps.scales; ++s)
-      for (size_t i = 0; i < c.xs[s].size(); ++i) square[c.channel(s, i)] += std::pow(c.xs[s][i] - c.mean[c.channel(s, i)], 2);
+      for (size_t i = 0; i < c.xs[s].size(); ++i)
+        square[c.channel(s, i)] += std::pow(c.xs[s][i] - c.mean[c.channel(s, i)], 2);
     for (size_t i = 0; i < n; ++i) c.var[i] = square[i] / count[i];
   }
   std::vector<Values> ys = c.xs;
@@ -61,7 +63,8 @@ void run(const std::string& name, const Case& c, const Case& expected, const std
   Values spatial(static_cast<size_t>(c.maps.batch * n));
   for (int s = 0; s < c.maps.scales; ++s)
     for (size_t i = 0; i < y[s].size(); ++i) {
-      const size_t plane = static_cast<size_t>(c.maps.area(s)), per_sample = plane * static_cast<size_t>(c.maps.channels[s]);
+      const size_t plane = static_cast<size_t>(c.maps.area(s)),
+                   per_sample = plane * static_cast<size_t>(c.maps.channels[s]);
       spatial[i / per_sample * static_cast<size_t>(n) + c.channel(s, i)] += y[s][i] / static_cast<double>(plane);
     }
   expect_equal(name + " channel means", means.values(), {spatial}, tolerance);
