@@ -20,7 +20,8 @@ GOctConvShape shape_for(const char* op, const Tensors& xs, const Tensor& weight,
   out.scales = static_cast<int>(out_scales);
   out.batch = shape.in.batch, out.height = shape.in.height / stride, out.width = shape.in.width / stride;
   for (int s = 0; s < out.scales; ++s) {
-    check(out_channels[s] >= 0, op, "out_channels[", s, "] must not be negative, got ", out_channels[s]);
+    check(out_channels[s] >= 0 && out_channels[s] <= weight.size(0), op, "out_channels[", s,
+          "] must be 0 to the weight's ", weight.size(0), " rows, got ", out_channels[s]);
     out.channels[s] = out_channels[s];
   }
   check(weight.size(0) == out.total() && weight.size(1) == shape.in.total(), op, "weight must have shape (",

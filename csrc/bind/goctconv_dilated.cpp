@@ -25,15 +25,15 @@ DilatedShape shape_for(const char* op, const Tensors& xs, bool xs_are_inputs, co
   for (int s = 0; s < known.scales; ++s) {
     const Tensor& w = weights[s];
     check_like(op, "weights", w, xs[0]);
+    check(w.dim() == 4, op, "weights[", s, "] must have 4 dimensions, got ", shape_of(w));
     int64_t outs = 0;
     for (size_t d = 0; d < n; ++d) {
       const int64_t o = out_channels[s * n + d];
-      check(o >= 0, op, "out_channels must not be negative, got ", o);
+      check(o >= 0 && o <= w.size(0), op, "out_channels must be 0 to the weight's ", w.size(0), " rows, got ", o);
       shape.branch[s][d] = o;
       outs += o;
     }
-    check(w.dim() == 4 && w.size(0) == outs && w.size(xs_are_inputs ? 1 : 0) == known.channels[s] && w.size(2) == 3 &&
-              w.size(3) == 3,
+    check(w.size(0) == outs && w.size(xs_are_inputs ? 1 : 0) == known.channels[s] && w.size(2) == 3 && w.size(3) == 3,
           op, "weights[", s, "] must have shape (", outs, ", in, 3, 3) with ", known.channels[s],
           xs_are_inputs ? " inputs" : " outputs", ", got ", shape_of(w));
     other.channels[s] = xs_are_inputs ? outs : w.size(1);

@@ -68,9 +68,13 @@ void goctconv_update_stats_(Tensor running_mean, Tensor running_var, const Tenso
                             const std::vector<int64_t>& channels, const std::vector<int64_t>& counts, double momentum) {
   const char* op = "goctconv_update_stats_";
   int64_t n = 0;
-  for (int64_t c : channels) n += c;
+  for (int64_t c : channels) {
+    check(c >= 0 && c <= running_mean.numel(), op, "channels must be 0 to ", running_mean.numel(), ", got ", c);
+    n += c;
+  }
   check(channels.size() == counts.size(), op, "channels and counts must have one number per scale, got ",
         channels.size(), " and ", counts.size());
+  for (int64_t c : counts) check(c >= 0, op, "counts must not be negative, got ", c);
   check(running_mean.scalar_type() == ScalarType::Float || running_mean.scalar_type() == ScalarType::Double, op,
         "running_mean must be float32 or float64");
   check_vector(op, "running_mean", running_mean, n, running_mean);

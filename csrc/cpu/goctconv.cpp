@@ -112,7 +112,7 @@ class ScaleTask {
     const int64_t y0 = band * rows_, rows = least(rows_, height_ - y0), kernel = d_.shape.kernel;
     Map maps[max_scales];
     for (int i = 0; i < fine_; ++i) maps[i] = d_.map(i, s_, b);
-    const Taps<T, Map> fine(maps, fine_, kernel / 2, width_, false);
+    const Taps<T, Map> fine(maps, fine_, {kernel / 2, kernel / 2}, width_, false);
 
     const int64_t most_taps = most(fine_channels_, coarse_channels_) * k2_;
     const int64_t line_items = 2 * d_.from().cols(0) + 3 * d_.shape.in.cols(0) + 64;
@@ -146,7 +146,7 @@ class ScaleTask {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t y = y0 + r;
       if (start && r % group == 0) start_from(lows, b, y, group, start_rows, line);
-      fine.point(y0, rows, r, buffer, kernel, 1, taps);
+      fine.point(y0, rows, r, buffer, kernel, {1, 1}, taps);
       RowConv<T> conv{taps,
                       fine_channels_ * k2_,
                       packed_fine_,
@@ -183,11 +183,11 @@ class ScaleTask {
     const int64_t first = most(0, y0 / factor - 1);
     const int64_t last = least(height, (y0 + rows - 1) / factor + 2);
     const Map map = d_.map(i, i, b);
-    const Taps<T, Map> source(&map, 1, d_.shape.kernel / 2, cols, false);
+    const Taps<T, Map> source(&map, 1, {d_.shape.kernel / 2, d_.shape.kernel / 2}, cols, false);
     const int64_t n = last - first;
     source.stage(first, n, staged, line);
     for (int64_t r = 0; r < n; ++r) {
-      source.point(first, n, r, staged, d_.shape.kernel, 1, taps);
+      source.point(first, n, r, staged, d_.shape.kernel, {1, 1}, taps);
       conv_row(RowConv<T>{taps, source.channels * k2_, packed_coarse_[m], outs_, cols, low + r * cols, n * cols,
                           nullptr, 0, nullptr, nullptr});
     }
@@ -300,7 +300,7 @@ template <class T>
 void grad_weight(const GOctConvShape& shape, const T* const* gys, const T* const* xs, T* gweight,
                  const Parallel& parallel) {
   const Pyramid &in = shape.in, &out = shape.out;
-  const int64_t kernel = shape.kernel, k2 = kernel * kernel, pad = kernel / 2, n_in = in.total();
+  const int64_t kernel = shape.kernel, k2 = kernel * kernel, n_in = in.total();
   const int64_t n_weight = out.total() * n_in * k2;
   const Forward<T> pooled{shape, xs, nullptr};
   const Backward<T> lowered{shape, gys, xs, nullptr};
@@ -326,8 +326,8 @@ void grad_weight(const GOctConvShape& shape, const T* const* gys, const T* const
                 n_grads = static_cast<int>(least(r + 1, out.scales));
       for (int m = 0; m < n_maps; ++m) maps[m] = pooled.map(m, r, b);
       for (int m = 0; m < n_grads; ++m) grads[m] = lowered.map(m, r, b);
-      const Taps<T, PooledMap<T>> x(maps, n_maps, pad, cols, true);
-      const Taps<T, GradientMap<T>> g(grads, n_grads, 0, cols, true);
+      const Taps<T, PooledMap<T>> x(maps, n_maps, {kernel / 2, kernel / 2}, cols, true);
+      const Taps<T, GradientMap<T>> g(grads, n_grads, {0, 0}, cols, true);
       const int64_t line_items = 3 * in.cols(0) + 2 * out.cols(0) + 64;
       Scratch scratch(Scratch::bytes<T>(x.buffer(n)) + Scratch::bytes<T>(g.buffer(n)) + Scratch::bytes<T>(line_items) +
                       Scratch::bytes<const T*>(x.channels * k2) + Scratch::bytes<const T*>(g.channels));
@@ -338,8 +338,8 @@ void grad_weight(const GOctConvShape& shape, const T* const* gys, const T* const
       const T** g_taps = scratch.take<const T*>(g.channels);
       x.stage(y0, n, x_rows, line);
       g.stage(y0, n, g_rows, line);
-      x.point(y0, n, 0, x_rows, kernel, 1, x_taps);
-      g.point(y0, n, 0, g_rows, 1, 1, g_taps);
+      x.point(y0, n, 0, x_rows, kernel, {1, 1}, x_taps);
+      g.point(y0, n, 0, g_rows, 1, {1, 1}, g_taps);
       // Output r with every input up to r, then the finer outputs with input r alone.
       const int64_t o_r = out.begin(r < out.scales ? r : out.scales), i_r = in.begin(r < in.scales ? r : in.scales);
       grad_rows(RowsGrad<T>{g_taps + o_r, x_taps, g.channels - o_r, x.channels * k2, cols, x.pitch(), n, cols,

@@ -12,22 +12,24 @@ namespace sodfast {
 namespace SODFAST_ISA {
 namespace {
 
-// A dilation past the map's size reads only zeros, however large it is.
-inline int64_t dilation_on(const DilatedShape& shape, int s, int d) {
-  return least(shape.dilation[d], most(shape.in.rows(s), shape.in.cols(s)));
+inline Step step_of(const DilatedShape& shape, int s, int d) {
+  return step_on(shape.dilation[d], shape.in.rows(s), shape.in.cols(s));
 }
 
-inline int64_t widest(const DilatedShape& shape, int s) {  // padding: the largest dilation that is present
-  int64_t pad = 1;
-  for (int d = 0; d < shape.dilations; ++d)
-    if (shape.branch[s][d] > 0) pad = most(pad, dilation_on(shape, s, d));
+inline Step widest(const DilatedShape& shape, int s) {  // padding: the largest dilation that is present
+  Step pad{1, 1};
+  for (int d = 0; d < shape.dilations; ++d) {
+    const Step step = shape.branch[s][d] > 0 ? step_of(shape, s, d) : pad;
+    pad = {most(pad.y, step.y), most(pad.x, step.x)};
+  }
   return pad;
 }
 
 // One scale's bands. `Source` is the side that is staged: the input (forward), the gradient (backward).
 template <class T>
 struct Bands {
-  int64_t pad, channels, rows_total, cols, batch, rows;
+  Step pad;
+  int64_t channels, rows_total, cols, batch, rows;
   Bands(const DilatedShape& shape, const Pyramid& source, int s, int64_t other_channels)
       : pad(widest(shape, s)),
         channels(source.channels[s]),
@@ -35,8 +37,8 @@ struct Bands {
         cols(source.cols(s)),
         batch(source.batch) {
     const int64_t bytes = static_cast<int64_t>(sizeof(T));
-    const int64_t per_row = (channels * (cols + 2 * pad) + other_channels * cols) * bytes;
-    rows = band_rows(rows_total, per_row, batch, pad);  // the halo is at most twice as tall as the band
+    const int64_t per_row = (channels * (cols + 2 * pad.x) + other_channels * cols) * bytes;
+    rows = band_rows(rows_total, per_row, batch, pad.y);  // the halo is at most twice as tall as the band
   }
   int64_t per_sample() const { return (rows_total + rows - 1) / rows; }
   int64_t count() const { return batch * per_sample(); }
@@ -78,7 +80,7 @@ void dilated(const DilatedShape& shape, const T* const* xs, const T* const* weig
         for (int64_t r = 0; r < rows; ++r)
           for (int d = 0; d < shape.dilations; ++d) {
             if (shape.branch[s][d] == 0) continue;
-            source.point(y0, rows, r, buffer, 3, dilation_on(shape, s, d), taps);
+            source.point(y0, rows, r, buffer, 3, step_of(shape, s, d), taps);
             const int64_t o = first[d];
             conv_row(RowConv<T>{taps, n_taps, packed.data() + o * n_taps, shape.branch[s][d], bands.cols,
                                 ys[s] + (b * outs + o) * area + (y0 + r) * bands.cols, area, nullptr, 0,
@@ -115,7 +117,7 @@ void dilated_grad_input(const DilatedShape& shape, const T* const* gys, const T*
           int64_t o = 0;
           for (int d = 0; d < shape.dilations; ++d)
             for (int64_t k = 0; k < shape.branch[s][d]; ++k, ++o) {
-              next = source.point_channel(o, rows, r, buffer, 3, dilation_on(shape, s, d), next);
+              next = source.point_channel(o, rows, r, buffer, 3, step_of(shape, s, d), next);
             }
           conv_row(RowConv<T>{taps, n_taps, packed.data(), channels, bands.cols,
                               gxs[s] + b * channels * area + (y0 + r) * bands.cols, area, nullptr, 0, nullptr,
@@ -148,7 +150,7 @@ void dilated_grad_weight(const DilatedShape& shape, const T* const* gys, const T
         int64_t o = 0;
         for (int d = 0; d < shape.dilations; o += shape.branch[s][d], ++d) {
           if (shape.branch[s][d] == 0) continue;
-          source.point(y0, rows, 0, buffer, 3, dilation_on(shape, s, d), taps);
+          source.point(y0, rows, 0, buffer, 3, step_of(shape, s, d), taps);
           grad_rows(RowsGrad<T>{grads + o, taps, shape.branch[s][d], n_taps, bands.cols, source.pitch(), rows,
                                 bands.cols, sums + o * n_taps, n_taps});
         }

@@ -25,8 +25,8 @@ struct Moments {
 };
 
 template <class T, class F>
-void for_each_block(int64_t n, const F& f) {  // blocks that stay in L1 and whose float sums keep their digits
-  constexpr int64_t block = 2048;
+void for_each_block(int64_t n, const F& f) {  // blocks that stay in L1; a lane adds up 64 floats at most
+  constexpr int64_t block = 64 * Vec<T>::lanes;
   for (int64_t i = 0; i < n; i += block) f(i, least(block, n - i));
 }
 

@@ -32,27 +32,37 @@ inline int64_t band_rows(int64_t height, int64_t bytes_per_row, int64_t batch, i
   return rows;
 }
 
+struct Step {  // a distance in rows and columns
+  int64_t y, x;
+};
+
+// How far apart the taps of a 3×3 are. A dilation past the map's size reads only zeros, however large it is.
+inline Step step_on(int64_t dilation, int64_t rows, int64_t cols) {
+  return {least(dilation, rows), least(dilation, cols)};
+}
+
 template <class T, class Map>
 struct Taps {
   const Map* maps;
   int n_maps;
-  int64_t pad, cols;
+  Step pad;
+  int64_t cols;
   int64_t channels = 0;
   bool staged;
 
-  Taps(const Map* m, int n, int64_t padding, int64_t width, bool always_stage)
+  Taps(const Map* m, int n, Step padding, int64_t width, bool always_stage)
       : maps(m),
         n_maps(n),
         pad(padding),
         cols(width),
-        staged(always_stage || padding > 0) {
+        staged(always_stage || padding.y > 0 || padding.x > 0) {
     for (int i = 0; i < n; ++i) {
       channels += m[i].channels;
       staged = staged || (m[i].channels > 0 && !m[i].direct());
     }
   }
-  int64_t pitch() const { return cols + 2 * pad; }
-  int64_t plane(int64_t rows) const { return (rows + 2 * pad) * pitch(); }
+  int64_t pitch() const { return cols + 2 * pad.x; }
+  int64_t plane(int64_t rows) const { return (rows + 2 * pad.y) * pitch(); }
   int64_t buffer(int64_t rows) const { return staged ? channels * plane(rows) : 0; }
 
   // Fills the buffer with rows [y0 - pad, y0 + rows + pad) of all channels, zeros outside the map.
@@ -61,38 +71,36 @@ struct Taps {
     for (int i = 0; i < n_maps; ++i) {
       const int64_t height = maps[i].out_rows();
       for (int64_t c = 0; c < maps[i].channels; ++c) {
-        for (int64_t y = y0 - pad; y < y0 + rows + pad; ++y, buffer += pitch()) {
+        for (int64_t y = y0 - pad.y; y < y0 + rows + pad.y; ++y, buffer += pitch()) {
           if (y < 0 || y >= height) {
             std::memset(buffer, 0, pitch() * sizeof(T));
             continue;
           }
-          if (pad > 0) {
-            std::memset(buffer, 0, pad * sizeof(T));
-            std::memset(buffer + pad + cols, 0, pad * sizeof(T));
-          }
-          maps[i].row(c, y, buffer + pad, line);
+          std::memset(buffer, 0, pad.x * sizeof(T));
+          std::memset(buffer + pad.x + cols, 0, pad.x * sizeof(T));
+          maps[i].row(c, y, buffer + pad.x, line);
         }
       }
     }
   }
 
   // taps[(channel, ky, kx)] = the row that output row y0 + r meets there; returns the end.
-  const T** point(int64_t y0, int64_t rows, int64_t r, const T* buffer, int64_t kernel, int64_t dilation,
+  const T** point(int64_t y0, int64_t rows, int64_t r, const T* buffer, int64_t kernel, Step step,
                   const T** taps) const {
     if (!staged) {
       for (int i = 0; i < n_maps; ++i)
         for (int64_t c = 0; c < maps[i].channels; ++c) *taps++ = maps[i].data + (c * maps[i].rows + y0 + r) * cols;
       return taps;
     }
-    for (int64_t c = 0; c < channels; ++c) taps = point_channel(c, rows, r, buffer, kernel, dilation, taps);
+    for (int64_t c = 0; c < channels; ++c) taps = point_channel(c, rows, r, buffer, kernel, step, taps);
     return taps;
   }
-  const T** point_channel(int64_t c, int64_t rows, int64_t r, const T* buffer, int64_t kernel, int64_t dilation,
+  const T** point_channel(int64_t c, int64_t rows, int64_t r, const T* buffer, int64_t kernel, Step step,
                           const T** taps) const {
-    const int64_t corner = pad - kernel / 2 * dilation;
-    const T* p = buffer + c * plane(rows) + (r + corner) * pitch() + corner;
+    const int64_t first_y = pad.y - kernel / 2 * step.y, first_x = pad.x - kernel / 2 * step.x;
+    const T* p = buffer + c * plane(rows) + (r + first_y) * pitch() + first_x;
     for (int64_t ky = 0; ky < kernel; ++ky)
-      for (int64_t kx = 0; kx < kernel; ++kx) *taps++ = p + ky * dilation * pitch() + kx * dilation;
+      for (int64_t kx = 0; kx < kernel; ++kx) *taps++ = p + ky * step.y * pitch() + kx * step.x;
     return taps;
   }
 };

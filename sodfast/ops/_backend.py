@@ -40,6 +40,9 @@ _KERNELS: dict[str, frozenset[str]] = {
 }
 _CPU_DTYPES = (torch.float32, torch.float64)
 
+# Holds what register() adds for in-place ops; torch forgets it when this object goes.
+_LIBRARY = torch.library.Library("sodfast", "IMPL")
+
 _requested: str | None = os.environ.get("SODFAST_BACKEND") or None
 _warned: set[str] = set()
 
@@ -185,15 +188,32 @@ def register(
     """Add the Python side of a compiled op: fake, autograd formula, autocast rule.
 
     An op without a backward is a gradient itself: differentiating it is refused, where torch
-    would warn and go on with zeros. An op whose name ends in "_" works in place and has no
-    autograd. Does nothing when no compiled module has defined the op.
+    would warn and go on with zeros. An op whose name ends in "_" works in place: it has no
+    gradient, and a graph that still needs the old values raises. Does nothing when no compiled
+    module has defined the op.
     """
     if not any(op in ops for ops in _KERNELS.values()):
         return
     name = f"sodfast::{op}"
     torch.library.register_fake(name, fake)
-    if not op.endswith("_"):
+    if op.endswith("_"):
+        _tell_autograd_of_changes(op)
+    else:
         formula = backward or partial(_refuse_second_derivative, op)
         torch.library.register_autograd(name, formula, setup_context=setup_context)
     if autocast:  # tiny activations and variances: half precision is no good on the CPU
         torch.library.register_autocast(name, "cpu", torch.float32)
+
+
+def _tell_autograd_of_changes(op: str) -> None:
+    """Bump the version of every tensor that an in-place op writes, as torch's own ops do."""
+    overload = getattr(torch.ops.sodfast, op).default
+    arguments = enumerate(overload._schema.arguments)
+    written = [i for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+    def bump_versions(keyset: Any, *args: Any) -> Any:
+        for position in written:
+            torch.autograd.graph.increment_version(args[position])
+        return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    _LIBRARY.impl(op, bump_versions, "ADInplaceOrView", with_keyset=True)
