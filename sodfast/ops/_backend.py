@@ -195,7 +195,7 @@ def register(
     if not any(op in ops for ops in _KERNELS.values()):
         return
     name = f"sodfast::{op}"
-    torch.library.register_fake(name, fake)
+    torch.library.register_fake(name, partial(_on_one_device, op, fake))
     if op.endswith("_"):
         _tell_autograd_of_changes(op)
     else:
@@ -203,6 +203,15 @@ def register(
         torch.library.register_autograd(name, formula, setup_context=setup_context)
     if autocast:  # tiny activations and variances: half precision is no good on the CPU
         torch.library.register_autocast(name, "cpu", torch.float32)
+
+
+def _on_one_device(op: str, fake: Callable[..., Any], *args: Any) -> Any:
+    """The fake of an op, which a single meta tensor among real ones would otherwise reach."""
+    lists = [arg if isinstance(arg, (list, tuple)) else [arg] for arg in args]
+    devices = {str(x.device) for xs in lists for x in xs if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(f"sodfast::{op} got tensors on {' and '.join(sorted(devices))}")
+    return fake(*args)
 
 
 def _tell_autograd_of_changes(op: str) -> None:
