@@ -1,7 +1,19 @@
 """The networks of the papers, by name."""
 
 from .count import count
+from .csf import CSF
 from .csnet import CSNet
+from .encoder_weights import load_encoder_weights
+from .extractor import Extractor, Vanilla
 from .registry import create_model, list_models
 
-__all__ = ["CSNet", "count", "create_model", "list_models"]
+__all__ = [
+    "CSF",
+    "CSNet",
+    "Extractor",
+    "Vanilla",
+    "count",
+    "create_model",
+    "list_models",
+    "load_encoder_weights",
+]

@@ -17,6 +17,7 @@ aten = torch.ops.aten
 PAPER_COST = {
     "native_batch_norm": 4,
     "_native_batch_norm_legit_no_training": 4,
+    "native_group_norm": 4,
     "_prelu_kernel": 3,
     "upsample_bilinear2d": 9,
 }
@@ -57,8 +58,8 @@ def count(model: nn.Module, size: Sequence[int] = (224, 224)) -> dict[str, int]:
     Returns:
         ``params``: learned numbers (no running statistics). ``conv_macs``: multiply-accumulates
         of all convolutions. ``paper_macs``: what CSNet's papers print as FLOPs or MACC; it adds
-        4 per element of batch normalisation, 3 of PReLU, 9 of bilinear upsampling and the
-        window of pooling (the authors' counter agrees within 2 %).
+        4 per element of batch or group normalisation, 3 of PReLU, 9 of bilinear upsampling and
+        the window of pooling (the authors' counter agrees within 2 %). ReLU counts nothing.
     """
     # Shapes are all that matters: the reference on the meta device computes nothing.
     twin = copy.deepcopy(model).to("meta").eval()

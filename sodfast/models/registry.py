@@ -6,9 +6,26 @@ from typing import Any
 
 from torch import nn
 
-from .csnet import CSNet
+from .csf import CSF
+from .csnet import FUSED_CHOICES, FUSED_STAGES, CSNet
+from .extractor import Extractor, Vanilla
 
-_MODELS: dict[str, type[nn.Module]] = {"csnet": CSNet}
+_MODELS: dict[str, type[nn.Module]] = {
+    model.name: model for model in (CSNet, Extractor, Vanilla, CSF)
+}
+
+_SPLITS = ((1, 0), (3, 1), (1, 1), (1, 3), (0, 1))
+
+# The networks of the papers' tables before pruning, as (name, configuration).
+VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    *(("csnet", {"width": width}) for width in (1.0, 1.2, 1.5, 1.8, 2.0)),
+    *(("csnet", {"split": split}) for split in _SPLITS if split != (1, 1)),
+    *(("csnet", {"fused_stages": stages}) for stages in FUSED_CHOICES if stages != FUSED_STAGES),
+    *(("extractor", {"split": split}) for split in _SPLITS),
+    ("vanilla", {"split": (1, 1)}),
+    ("csf", {"encoder": "resnet50"}),
+    ("csf", {"encoder": "res2net50"}),
+)
 
 
 def list_models() -> list[str]:

@@ -1,0 +1,34 @@
+"""What the networks ask of an image: its preprocessing, its shape."""
+
+from typing import Any
+
+from torch import Tensor
+
+# ImageNet statistics, RGB in 0–1; the size of CSNet's tables.
+PREPROCESSING: dict[str, Any] = {
+    "size": [224, 224],
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "resample": "bilinear",
+}
+
+
+def check_image(image: Tensor, channels: int, multiple: int) -> None:
+    """Refuse what is not (B, channels, H, W) with H and W multiples of ``multiple``.
+
+    Raises:
+        ValueError: names the shape, or the size and the nearest sizes that will do.
+    """
+    if image.dim() != 4 or image.shape[1] != channels:
+        raise ValueError(f"image must be (B, {channels}, H, W), not {tuple(image.shape)}")
+    height, width = image.shape[-2:]
+    if height % multiple or width % multiple or not height or not width:
+        near = [
+            sorted({max(1, n // multiple + up) * multiple for up in (0, n % multiple > 0)})
+            for n in (height, width)
+        ]
+        raise ValueError(
+            f"image is {height}x{width}, but height and width must be multiples of "
+            f"{multiple}; the nearest sizes are "
+            + ", ".join(f"{h}x{w}" for h in near[0] for w in near[1])
+        )
