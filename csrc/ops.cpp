@@ -1,5 +1,6 @@
-// Every schema of torch.ops.sodfast, and the Python module sodfast._C. xs and grads are lists of (B, C_i, H/2^i, W/2^i),
-// high resolution first; a scale may have no channels. bias and slope are an epilogue: prelu(result + bias, slope).
+// Every schema of torch.ops.sodfast, and the Python module sodfast._C. xs and grads are lists of (B, C_i, H/2^i,
+// W/2^i), high resolution first; a scale may have no channels. bias and slope are an epilogue: prelu(result + bias,
+// slope).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
@@ -12,7 +13,8 @@
 
 STABLE_TORCH_LIBRARY(sodfast, m) {
   // Cross-scale convolution, weight [Σ out, Σ in, k, k]: stride 2 averages first; max-pool down, bilinear up.
-  m.def("goctconv(Tensor[] xs, Tensor weight, Tensor? bias, Tensor? slope, int[] out_channels, int stride) -> Tensor[]");
+  m.def(
+      "goctconv(Tensor[] xs, Tensor weight, Tensor? bias, Tensor? slope, int[] out_channels, int stride) -> Tensor[]");
   m.def("goctconv_grad_input(Tensor[] grads, Tensor[] xs, Tensor weight, int stride) -> Tensor[]");
   m.def("goctconv_grad_weight(Tensor[] grads, Tensor[] xs, Tensor weight, int stride) -> Tensor");
 
@@ -22,20 +24,37 @@ STABLE_TORCH_LIBRARY(sodfast, m) {
   m.def("goctconv_depthwise_grad_weight(Tensor[] grads, Tensor[] xs, Tensor weight, int dilation) -> Tensor");
 
   // Parallel dense 3×3 at several dilations, concatenated; out_channels is scales × dilations, 0: no such branch.
-  m.def("goctconv_dilated(Tensor[] xs, Tensor[] weights, Tensor? bias, Tensor? slope, int[] dilations, "
-        "int[] out_channels) -> Tensor[]");
-  m.def("goctconv_dilated_grad_input(Tensor[] grads, Tensor[] weights, int[] dilations, int[] out_channels) -> Tensor[]");
-  m.def("goctconv_dilated_grad_weight(Tensor[] grads, Tensor[] xs, Tensor[] weights, int[] dilations, "
-        "int[] out_channels) -> Tensor[]");
+  m.def(
+      "goctconv_dilated(Tensor[] xs, Tensor[] weights, Tensor? bias, Tensor? slope, int[] dilations, "
+      "int[] out_channels) -> Tensor[]");
+  m.def(
+      "goctconv_dilated_grad_input(Tensor[] grads, Tensor[] weights, int[] dilations, int[] out_channels) -> Tensor[]");
+  m.def(
+      "goctconv_dilated_grad_weight(Tensor[] grads, Tensor[] xs, Tensor[] weights, int[] dilations, "
+      "int[] out_channels) -> Tensor[]");
 
   // BatchNorm + PReLU; returns the result, batch mean, biased batch variance, spatial means of the result (B, Σ C).
-  m.def("goctconv_norm_act(Tensor[] xs, Tensor weight, Tensor bias, Tensor slope, Tensor running_mean, "
-        "Tensor running_var, bool training, float eps) -> (Tensor[], Tensor, Tensor, Tensor)");
-  m.def("goctconv_norm_act_backward(Tensor[] grads, Tensor[] xs, Tensor weight, Tensor bias, Tensor slope, Tensor mean, "
-        "Tensor var, bool training, float eps) -> (Tensor[], Tensor, Tensor, Tensor)");
+  m.def(
+      "goctconv_norm_act(Tensor[] xs, Tensor weight, Tensor bias, Tensor slope, Tensor running_mean, "
+      "Tensor running_var, bool training, float eps) -> (Tensor[], Tensor, Tensor, Tensor)");
+  m.def(
+      "goctconv_norm_act_backward(Tensor[] grads, Tensor[] xs, Tensor weight, Tensor bias, Tensor slope, Tensor mean, "
+      "Tensor var, bool training, float eps) -> (Tensor[], Tensor, Tensor, Tensor)");
   // Running statistics from a batch's; channels and counts (values per channel) are per scale.
-  m.def("goctconv_update_stats_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
-        "int[] channels, int[] counts, float momentum) -> ()");
+  m.def(
+      "goctconv_update_stats_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
+      "int[] channels, int[] counts, float momentum) -> ()");
+
+  // Dynamic weight decay of all γ of a network: grads[i] += strength · factors[i] · mean|means[i]| · weights[i], or,
+  // without grads, weights[i] -= that. means[i] is (samples, C_i); no factors: 1.
+  m.def(
+      "decay_(Tensor(a!)[] weights, Tensor(b!)[] grads, Tensor[] means, Tensor[] factors, float strength, "
+      "bool absolute) -> ()");
+  // The same fused with Adam's step for these weights; grads are only read.
+  m.def(
+      "adam_decay_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor[] means, Tensor[] factors, float strength, bool absolute, bool decoupled, float lr, float beta1, "
+      "float beta2, float eps, int step) -> ()");
 }
 
 #define SODFAST_STRING_(x) #x
@@ -44,8 +63,9 @@ STABLE_TORCH_LIBRARY(sodfast, m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of sodfast; importing it registers torch.ops.sodfast.";
   m.def("build_info", [] {
-    return std::map<std::string, std::string>{
-        {"compiler", SODFAST_COMPILER}, {"version", SODFAST_VERSION}, {"torch_abi", SODFAST_STRING(TORCH_TARGET_VERSION)}};
+    return std::map<std::string, std::string>{{"compiler", SODFAST_COMPILER},
+                                              {"version", SODFAST_VERSION},
+                                              {"torch_abi", SODFAST_STRING(TORCH_TARGET_VERSION)}};
   });
   m.def("cpu_isa", [] { return std::string(sodfast::cpu_isa()); });
   m.def("cpu_isas", [] {

@@ -6,16 +6,18 @@
 
 #include "cpu/kernels.h"
 
-#define SODFAST_DECLARE(isa)              \
-  namespace isa {                         \
-  template <class T>                      \
-  void add_goctconv(Kernels<T>&);         \
-  template <class T>                      \
+#define SODFAST_DECLARE(isa)                \
+  namespace isa {                           \
+  template <class T>                        \
+  void add_goctconv(Kernels<T>&);           \
+  template <class T>                        \
   void add_goctconv_depthwise(Kernels<T>&); \
-  template <class T>                      \
-  void add_goctconv_dilated(Kernels<T>&); \
-  template <class T>                      \
-  void add_goctconv_norm_act(Kernels<T>&); \
+  template <class T>                        \
+  void add_goctconv_dilated(Kernels<T>&);   \
+  template <class T>                        \
+  void add_goctconv_norm_act(Kernels<T>&);  \
+  template <class T>                        \
+  void add_decay(Kernels<T>&);              \
   }
 
 namespace sodfast {
@@ -34,14 +36,15 @@ struct Isa {
   Kernels<float> table;
 };
 
-#define SODFAST_TABLE(isa, T)                 \
-  [] {                                        \
-    Kernels<T> table{};                       \
-    isa::add_goctconv<T>(table);              \
-    isa::add_goctconv_depthwise<T>(table);    \
-    isa::add_goctconv_dilated<T>(table);      \
-    isa::add_goctconv_norm_act<T>(table);     \
-    return table;                             \
+#define SODFAST_TABLE(isa, T)              \
+  [] {                                     \
+    Kernels<T> table{};                    \
+    isa::add_goctconv<T>(table);           \
+    isa::add_goctconv_depthwise<T>(table); \
+    isa::add_goctconv_dilated<T>(table);   \
+    isa::add_goctconv_norm_act<T>(table);  \
+    isa::add_decay<T>(table);              \
+    return table;                          \
   }()
 
 struct Isas {

@@ -7,6 +7,22 @@
 
 namespace sodfast {
 
+// One vector of γ under dynamic weight decay. Pointers to [channels] but for means; null where the kernel has no use.
+template <class T>
+struct DecayLayer {
+  int64_t channels = 0, samples = 0;
+  const T* means = nullptr;    // [samples, channels]
+  const T* factors = nullptr;  // null: 1
+  T* weight = nullptr;
+  T* grad = nullptr;
+  T *exp_avg = nullptr, *exp_avg_sq = nullptr;  // Adam's moments
+};
+
+struct AdamStep {
+  double lr, beta1, beta2, eps;
+  int64_t step;  // from 1
+};
+
 template <class T>
 struct Kernels {
   // Every convolution adds bias (null: zero) and applies PReLU with slope (null: none) to what it writes.
@@ -37,8 +53,14 @@ struct Kernels {
   void (*norm_act)(const Pyramid&, const T* const* xs, const T* gamma, const T* beta, const T* slope, T eps,
                    bool training, T* mean, T* var, T* const* ys, T* channel_means, const Parallel&);
   void (*norm_act_backward)(const Pyramid&, const T* const* gys, const T* const* xs, const T* gamma, const T* beta,
-                            const T* slope, const T* mean, const T* var, T eps, bool training, T* const* gxs,
-                            T* ggamma, T* gbeta, T* gslope, const Parallel&);
+                            const T* slope, const T* mean, const T* var, T eps, bool training, T* const* gxs, T* ggamma,
+                            T* gbeta, T* gslope, const Parallel&);
+
+  // Adds λ f mean|means| γ to the gradients where a layer has one, otherwise takes it from γ.
+  void (*decay)(const DecayLayer<T>*, int64_t layers, double lambda, bool absolute);
+  // The same, decoupled or not, and Adam's step; only reads the gradients.
+  void (*adam_decay)(const DecayLayer<T>*, int64_t layers, double lambda, bool absolute, bool decoupled,
+                     const AdamStep&);
 };
 
 template <class T>
@@ -46,7 +68,7 @@ const Kernels<T>& kernels();
 
 // The instruction set of kernels<float>(): "avx512", "avx2", "sse4.2" or "neon".
 const char* cpu_isa();
-int cpu_isa_count();                 // how many this machine and build have, best first
+int cpu_isa_count();  // how many this machine and build have, best first
 const char* cpu_isa_name(int index);
 bool cpu_isa_unknown();              // SODFAST_CPU_ISA asked for one that is not there
 bool set_cpu_isa(const char* name);  // for tests; false if it is not there

@@ -9,7 +9,7 @@
 #endif
 
 #ifdef SODFAST_BASELINE
-#define SODFAST_INSTANTIATE(function)          \
+#define SODFAST_INSTANTIATE(function)             \
   template void function<float>(Kernels<float>&); \
   template void function<double>(Kernels<double>&);
 #else
@@ -26,5 +26,7 @@ template <class T>
 void add_goctconv_dilated(Kernels<T>&);
 template <class T>
 void add_goctconv_norm_act(Kernels<T>&);
+template <class T>
+void add_decay(Kernels<T>&);
 }  // namespace SODFAST_ISA
 }  // namespace sodfast

@@ -4,6 +4,7 @@ Each runs on a compiled kernel where one serves the device and dtype, and on its
 plain torch otherwise; see :func:`sodfast.use_backend` and :func:`sodfast.info`.
 """
 
+from .decay import adam_decay_, adam_decay_reference_, decay_, decay_reference_
 from .goctconv import goctconv, goctconv_reference
 from .goctconv_depthwise import goctconv_depthwise, goctconv_depthwise_reference
 from .goctconv_dilated import goctconv_dilated, goctconv_dilated_reference
@@ -15,6 +16,10 @@ from .goctconv_norm_act import (
 )
 
 __all__ = [
+    "adam_decay_",
+    "adam_decay_reference_",
+    "decay_",
+    "decay_reference_",
     "goctconv",
     "goctconv_depthwise",
     "goctconv_depthwise_reference",

@@ -139,5 +139,6 @@ void test_goctconv(int cases);
 void test_depthwise(int cases);
 void test_dilated(int cases);
 void test_norm_act(int cases);
+void test_decay(int cases);
 
 }  // namespace sodfast::test

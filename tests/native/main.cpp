@@ -12,6 +12,7 @@ int main(int argc, char** argv) {
   sodfast::test::test_depthwise(cases);
   sodfast::test::test_dilated(cases);
   sodfast::test::test_norm_act(cases);
+  sodfast::test::test_decay(cases);
   std::printf("all native tests passed\n");
   return 0;
 }
