@@ -2,42 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Union, overload
 
 import numpy as np
 import torch
 from torch import nn
 
-from .preprocess import check_preprocessing, read_image, to_input, to_map
-from .weights import atomic_write, load
+from .jobs import Failure, Job, describe, find_jobs
+from .parallel import chunks, ordered_map, share_threads
+from .pictures import Picture, pixels_at_once, read_picture
+from .preprocess import check_preprocessing, to_input, to_map
+from .pretrained import from_pretrained
+from .render import encode, render
+from .weights import atomic_write
 
 if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["Failure", "Job", "Predictor", "find_jobs", "predict_files"]
 
-Picture = Union[str, os.PathLike[str], "Image.Image", np.ndarray]
+PictureLike = Union[str, os.PathLike[str], "Image.Image", np.ndarray]
 
-# What a folder is searched for. A file that is named itself is tried whatever its name.
-SUFFIXES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm".split())
+_READ_AHEAD = 64 << 20  # bytes; larger files are read by the decoder itself
 
 
 class Predictor:
     """A network ready for pictures.
 
-    >>> predictor = Predictor("csnet-x2-L.safetensors")
+    >>> predictor = Predictor("csnet.safetensors")
     >>> saliency = predictor("photo.jpg")          # (H, W) uint8, the photo's own size
+    >>> first, second = predictor(["a.jpg", "b.jpg"])
 
-    weights: a file written by `sodfast.save`, or a model from `sodfast.create_model` or
-    `sodfast.load` (it is copied, fused, and left as it was). size: side of the square that
-    the network sees, or (height, width); None takes what the weights were trained for.
-    threads: sets torch's number of CPU threads, for the whole process; None leaves it.
+    weights: a name or a path (see `sodfast.from_pretrained`), or a model from
+    `sodfast.create_model` or `sodfast.load` (it is copied, fused, and left as it was). size:
+    side of the square that the network sees, or (height, width); None takes what the weights
+    were trained for. threads: sets torch's number of CPU threads, for the whole process; None
+    leaves it. A list of pictures is shared among them. batch: how many pictures of a list go
+    through the network at once; on a CPU 1 is fastest, and the maps are the same. max_pixels:
+    see `sodfast.pictures.read_image`.
 
     Raises FileNotFoundError or ValueError for weights that cannot be read, and ValueError for
     a size that is no multiple of what the network needs (the nearest sizes are named).
@@ -49,40 +60,82 @@ class Predictor:
         weights: str | os.PathLike[str] | nn.Module,
         size: int | tuple[int, int] | None = None,
         threads: int | None = None,
+        batch: int = 1,
+        max_pixels: int | None = None,
     ) -> None:
         from .fuse import fuse
 
-        if threads is not None and (isinstance(threads, bool) or threads < 1):
-            raise ValueError(f"threads must be at least 1, got {threads}")
-        model = weights if isinstance(weights, nn.Module) else load(weights)
+        for name, value in (("threads", threads), ("batch", batch), ("max_pixels", max_pixels)):
+            if value is not None and (isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        model = weights if isinstance(weights, nn.Module) else from_pretrained(weights)
         self.name = str(getattr(model, "name", type(model).__name__))
         self.preprocessing = check_preprocessing(getattr(model, "preprocessing", None))
         self.size = _check_size(size, self.preprocessing, getattr(model, "size_multiple", 16))
+        self.batch = batch
+        self.max_pixels = max_pixels
         self.network = fuse(model)
+        tensors = [*self.network.parameters(), *self.network.buffers()]
+        self.device = tensors[0].device if tensors else torch.device("cpu")
         if threads is not None:
             torch.set_num_threads(threads)
 
-    def prepare(self, picture: Picture) -> tuple[torch.Tensor, tuple[int, int]]:
+    def describe(self) -> str:
+        """Network, size, device, backend and threads, in a few words for people."""
+        from .ops import _backend
+
+        backend = _backend.choose("goctconv", torch.empty(0, device=self.device))
+        if backend == "cpu" and _backend._C is not None:
+            backend += f" ({_backend._C.cpu_isa()})"
+        threads = torch.get_num_threads()
+        return (
+            f"{self.name}, {self.size[0]} x {self.size[1]}, device {self.device}, "
+            f"backend {backend}, {threads} {'thread' if threads == 1 else 'threads'}"
+        )
+
+    def prepare(self, picture: PictureLike) -> tuple[torch.Tensor, tuple[int, int]]:
         """Decodes and normalises: the input (1, 3, h, w) float32 and the picture's (H, W).
 
-        See `sodfast.preprocess.read_image` for what is read, and for the errors.
+        See `sodfast.pictures.read_image` for what is read, and for the errors.
         """
-        rgb = read_image(picture)
+        rgb = read_picture(picture, self.max_pixels).rgb
         return to_input(rgb, self.preprocessing, self.size), (rgb.shape[0], rgb.shape[1])
 
     def run(self, network_input: torch.Tensor) -> torch.Tensor:
-        """The network alone: (1, 3, h, w) float32 to logits (1, 1, h, w)."""
+        """The network alone: (B, 3, h, w) float32 to logits (B, 1, h, w)."""
         with torch.inference_mode():
-            return self.network(network_input)
+            return self.network(network_input.to(self.device))
 
-    def __call__(self, picture: Picture) -> np.ndarray:
+    @overload
+    def __call__(self, picture: PictureLike) -> np.ndarray: ...
+
+    @overload
+    def __call__(
+        self, picture: list[PictureLike] | tuple[PictureLike, ...]
+    ) -> list[np.ndarray]: ...
+
+    def __call__(
+        self, picture: PictureLike | list[PictureLike] | tuple[PictureLike, ...]
+    ) -> np.ndarray | list[np.ndarray]:
         """The saliency map of one picture, (H, W) uint8: 0 background … 255 salient.
 
         picture: a path, a PIL image, or an array ((H, W[, C]) uint8, uint16, bool, or floats
-        in 0 … 1). EXIF orientation is applied, so the map is upright.
+        in 0 … 1). EXIF orientation is applied, so the map is upright. Of a list or tuple of
+        pictures, a list of maps in the same order; an error in one picture is raised.
         """
-        network_input, size = self.prepare(picture)
-        return to_map(self.run(network_input), size)
+        if not isinstance(picture, (list, tuple)):
+            network_input, size = self.prepare(picture)
+            return to_map(self.run(network_input), size)
+
+        def work(chunk: list[PictureLike]) -> list[np.ndarray]:
+            prepared = [self.prepare(item) for item in chunk]
+            logits = self.run(torch.cat([network_input for network_input, _ in prepared]))
+            return [to_map(one[None], size) for one, (_, size) in zip(logits, prepared)]
+
+        batches = list(chunks(picture, self.batch))
+        workers, inner = share_threads(torch.get_num_threads(), len(batches))
+        with contextlib.closing(ordered_map(work, batches, workers, inner)) as results:
+            return [saliency for result in results for saliency in result]
 
 
 def _check_size(
@@ -109,120 +162,126 @@ def _check_size(
     return height, width
 
 
-@dataclass(frozen=True)
-class Job:
-    """One picture and the file that its map goes to."""
-
-    source: Path
-    target: Path
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One picture without a map, and why, as a sentence for people."""
-
-    source: Path
-    reason: str
-
-
-def find_jobs(
-    inputs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
-) -> tuple[list[Job], list[Failure]]:
-    """Which maps to make: files as they are named, folders with everything below them.
-
-    A folder's structure is kept under `output`; ``a/b.jpg`` becomes ``a/b.png``. Where two
-    pictures would share a map's name (b.jpg and b.png), both keep their own ending:
-    ``b.jpg.png`` and ``b.png.png``. Hidden files, and `output` itself where it lies inside
-    an input folder, are passed over. An input that does not exist is a Failure.
-
-    Raises ValueError where a map would overwrite one of the pictures.
-    """
-    output = Path(output)
-    output_resolved = output.resolve()
-    found: dict[Path, tuple[Path, Path]] = {}  # resolved: the picture, its name under output
-    failures: list[Failure] = []
-    for entry in map(Path, inputs):
-        if entry.is_dir():
-            for path in _walk(entry, output_resolved, failures):
-                found.setdefault(path.resolve(), (path, path.relative_to(entry)))
-        elif entry.exists():
-            found.setdefault(entry.resolve(), (entry, Path(entry.name)))
-        else:
-            failures.append(Failure(entry, "no such file or folder"))
-
-    wanted: dict[Path, int] = {}
-    for _, relative in found.values():
-        name = relative.with_suffix(".png")
-        wanted[name] = wanted.get(name, 0) + 1
-    jobs: list[Job] = []
-    taken: dict[Path, Path] = {}
-    for source, relative in found.values():
-        name = relative.with_suffix(".png")
-        if wanted[name] > 1:
-            name = relative.with_name(relative.name + ".png")
-        if name in taken:
-            failures.append(
-                Failure(source, f"its map would have the same name as that of {taken[name]}")
-            )
-            continue
-        taken[name] = source
-        target = output / name
-        if (output_resolved / name) in found:
-            raise ValueError(
-                f"the map of {source} would overwrite the picture {target}; "
-                "choose another output folder"
-            )
-        jobs.append(Job(source, target))
-    return jobs, failures
-
-
-def _walk(folder: Path, skip: Path, failures: list[Failure]) -> Iterator[Path]:
-    def unreadable(error: OSError) -> None:
-        failures.append(Failure(Path(error.filename or folder), describe(error)))
-
-    for place, folders, files in os.walk(folder, onerror=unreadable):
-        here = Path(place)
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and (here / name).resolve() != skip
-        )
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                yield here / name
-
-
 def predict_files(
     predictor: Predictor,
     jobs: Sequence[Job],
     progress: Callable[[], object] | None = None,
+    kind: str = "mask",
+    file_format: str = "png",
 ) -> list[Failure]:
-    """Writes the map of every job as an 8-bit grey PNG; returns the jobs that failed.
+    """Makes the file of every job; returns the jobs that failed, in the order of `jobs`.
 
-    A picture that cannot be read or mapped does not stop the others. Each map is written
+    kind: one of `sodfast.render.TYPES`; file_format: one of `sodfast.render.FORMATS`. As many
+    pictures are in work at once as torch has threads, and one more is being read or written
+    meanwhile; the files are the same for any number of threads and any predictor.batch.
+
+    A picture that cannot be read or mapped does not stop the others. Each file is written
     under a temporary name and renamed. progress is called after every job. Raises OSError
-    when a map cannot be written: the next one could not be either.
+    when a file cannot be written: the next one could not be either.
     """
-    failures = []
-    for job in jobs:
-        try:
-            saliency = predictor(job.source)
-        except Exception as error:  # whatever a damaged file provokes: it is one file
-            failures.append(Failure(job.source, describe(error)))
-        else:
-            write_map(saliency, job.target)
-        if progress is not None:
-            progress()
+    batches = list(chunks(jobs, predictor.batch))
+    workers, inner = share_threads(torch.get_num_threads(), len(batches))
+    cores = threading.BoundedSemaphore(workers)
+    stopping = threading.Event()
+
+    def work(batch: list[Job]) -> list[Failure | None]:
+        files = _Files(predictor, kind, file_format)
+        for job in batch:
+            if not stopping.is_set():
+                files.read(job)
+        with cores:
+            files.compute()
+        for job in batch:
+            if not stopping.is_set():
+                files.write(job)
+        return [files.failures.get(job) for job in batch]
+
+    failures: list[Failure] = []
+    # One worker more than compute: it waits for the disk while they do.
+    results = ordered_map(work, batches, workers + 1, inner)
+    try:
+        for result in results:
+            for failure in result:
+                if failure is not None:
+                    failures.append(failure)
+                if progress is not None:
+                    progress()
+    finally:
+        stopping.set()
+        results.close()
     return failures
 
 
-def write_map(saliency: np.ndarray, path: str | os.PathLike[str]) -> None:
-    """Writes a map (H, W) uint8 as a PNG, whole or not at all; makes the folder."""
-    from PIL import Image
+class _Files:
+    """A batch of pictures on its way from files to files; what fails drops out."""
 
+    def __init__(self, predictor: Predictor, kind: str, file_format: str) -> None:
+        self.predictor, self.kind, self.file_format = predictor, kind, file_format
+        self.sources: dict[Job, Path | BytesIO] = {}
+        self.done: dict[Job, bytes] = {}
+        self.failures: dict[Job, Failure] = {}
+
+    @contextlib.contextmanager
+    def _for(self, *jobs: Job) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a damaged file provokes: it is one file
+            self.failures.update({job: Failure(job.source, describe(error)) for job in jobs})
+
+    def read(self, job: Job) -> None:
+        with self._for(job):
+            status = job.source.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("is not a file")
+            small = status.st_size <= _READ_AHEAD
+            self.sources[job] = BytesIO(job.source.read_bytes()) if small else job.source
+
+    def compute(self) -> None:
+        predictor = self.predictor
+        pictures: dict[Job, Picture | None] = {}
+        inputs: dict[Job, torch.Tensor] = {}
+        sizes: dict[Job, tuple[int, int]] = {}
+        for job, source in self.sources.items():
+            with self._for(job):
+                picture = read_picture(source, predictor.max_pixels)
+                inputs[job] = to_input(picture.rgb, predictor.preprocessing, predictor.size)
+                sizes[job] = picture.rgb.shape[0], picture.rgb.shape[1]
+                # A map needs no more of the picture than its size.
+                pictures[job] = None if self.kind == "mask" else picture
+                del picture
+        self.sources.clear()
+        if not inputs:
+            return
+        with self._for(*inputs):
+            logits = predictor.run(torch.cat(list(inputs.values())))
+            for job, one in zip(inputs, logits):
+                with self._for(job), pixels_at_once(sizes[job][0] * sizes[job][1]):
+                    self.done[job] = make_file(
+                        pictures.pop(job),
+                        to_map(one[None], sizes[job]),
+                        self.kind,
+                        self.file_format,
+                    )
+
+    def write(self, job: Job) -> None:
+        if job in self.done:
+            write_file(self.done.pop(job), job.target)
+
+
+def make_file(picture: Picture | None, saliency: np.ndarray, kind: str, file_format: str) -> bytes:
+    """What is written for a picture, as bytes; picture may be None for the kind "mask"."""
+    if picture is None:
+        return encode(saliency, file_format)
+    return encode(render(picture, saliency, kind), file_format, picture.icc_profile)
+
+
+def write_file(data: bytes, path: str | os.PathLike[str]) -> None:
+    """Writes a file whole or not at all; makes the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # No fsync: a map is made again in milliseconds, and waiting for the disk takes longer.
     with atomic_write(path, sync=False) as file:
-        Image.fromarray(saliency).save(file, format="PNG")
+        file.write(data)
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
@@ -241,19 +300,3 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         else:
             reason = describe(error)
         raise OSError(f"cannot write to the output folder {folder}: {reason}") from error
-
-
-def describe(error: BaseException) -> str:
-    """An exception as one line for people."""
-    from PIL import UnidentifiedImageError
-
-    if isinstance(error, UnidentifiedImageError):
-        return "not a picture, or of a kind that is not read (JPEG, PNG, WebP, BMP, TIFF, GIF, PPM)"
-    if isinstance(error, MemoryError):
-        return "needs more memory than there is"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror[:1].lower() + error.strerror[1:]
-    text = " ".join(str(error).split()) or type(error).__name__
-    if not isinstance(error, (OSError, ValueError)):
-        text = f"{type(error).__name__}: {text}"
-    return text if len(text) <= 300 else text[:297] + "..."

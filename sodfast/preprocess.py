@@ -10,32 +10,15 @@ size is [height, width] in pixels; mean and std are on the 0 … 1 scale, in the
 from __future__ import annotations
 
 import math
-import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from PIL import Image
+from .pictures import read_image
 
 __all__ = ["check_preprocessing", "read_image", "to_input", "to_map"]
-
-# Named, so that Pillow tries nothing else: its EPS reader, for one, starts another program.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-_ORIENTATION = 0x0112  # the EXIF tag
-
-# How to mirror and turn an (H, W, C) array for each EXIF orientation.
-_UPRIGHT = {
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: a.transpose(1, 0, 2)[:, ::-1],
-    7: lambda a: a.transpose(1, 0, 2)[::-1, ::-1],
-    8: lambda a: a.transpose(1, 0, 2)[::-1],
-}
 
 
 def check_preprocessing(preprocessing: Any) -> dict[str, Any]:
@@ -75,112 +58,6 @@ def check_preprocessing(preprocessing: Any) -> dict[str, Any]:
     return {"size": [int(v) for v in size], "mean": mean, "std": std, "resample": "bilinear"}
 
 
-def read_image(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.ndarray:
-    """A picture as (H, W, 3) uint8 RGB, upright.
-
-    source: a path; a PIL image; or an array, (H, W), (H, W, 1), (H, W, 3) RGB, (H, W, 2) or
-    (H, W, 4) with alpha last, of uint8, uint16 (0 … 65535), bool, or floats in 0 … 1.
-
-    EXIF orientation is applied. Transparency is laid over white. Palettes, grey, CMYK and
-    YCbCr become RGB; 16 bits become 8 by division by 257; 32-bit integers and floats are
-    scaled by their range (see `_wide_grey`). Of an animation the first frame is taken.
-
-    Raises OSError or PIL.UnidentifiedImageError for a file that cannot be read or is cut,
-    ValueError for an array that is none of the above, TypeError for another kind of object.
-    """
-    # The two plugins that Pillow does not load by itself before it has failed once.
-    from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401
-
-    if isinstance(source, np.ndarray):
-        return _from_array(source)
-    if isinstance(source, Image.Image):
-        return _from_pil(source)
-    if isinstance(source, (str, os.PathLike)):
-        with Image.open(source, formats=_FORMATS) as image:
-            return _from_pil(image)
-    raise TypeError(
-        f"an image must be a path, a PIL image or a numpy array, got {type(source).__name__}"
-    )
-
-
-def _from_pil(image: Image.Image) -> np.ndarray:
-    from PIL import Image
-
-    image.load()  # before EXIF: some formats know it only now
-    if min(image.size) < 1:
-        raise ValueError(f"the image holds no pixel: {image.width} x {image.height}")
-    try:
-        orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # a damaged EXIF block is no reason to refuse the picture
-        orientation = None
-
-    if image.mode == "I" or image.mode == "F" or image.mode.startswith("I;16"):
-        rgb = _grey_to_rgb(_wide_grey(np.asarray(image), image.format))
-    else:
-        if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        rgb = np.asarray(image.convert("RGB"))
-    upright = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return np.ascontiguousarray(upright(rgb) if upright else rgb)
-
-
-def _wide_grey(values: np.ndarray, file_format: str | None) -> np.ndarray:
-    """Grey of more than 8 bits to 8 bits.
-
-    Floats: 0 … 1 if nothing exceeds 1, else 0 … 255 if nothing exceeds 255, else up to their
-    maximum. Integers: 16 bits, unless something exceeds 65535: then up to their maximum.
-    """
-    if values.dtype.kind == "u" and values.dtype.itemsize == 2:  # of either byte order
-        return _from_16_bit(values)
-    if values.dtype.kind == "f":
-        if not np.isfinite(values).all():
-            raise ValueError("the image holds NaN or infinite values")
-        steps = [1.0, 255.0]
-    else:
-        # Pillow hands some 16-bit files out as 32-bit integers.
-        steps = [65535.0]
-    top = float(values.max())
-    top = next((step for step in steps if top <= step), top)
-    return np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8)
-
-
-def _from_16_bit(values: np.ndarray) -> np.ndarray:
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def _grey_to_rgb(grey: np.ndarray) -> np.ndarray:
-    return np.repeat(grey[:, :, None], 3, axis=2)
-
-
-def _from_array(array: np.ndarray) -> np.ndarray:
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] not in (1, 2, 3, 4):
-        raise ValueError(
-            f"an image array must be (H, W) or (H, W, 1 to 4 channels), got shape {array.shape}"
-        )
-    if array.size == 0:
-        raise ValueError(f"the image array holds no pixel: shape {array.shape}")
-    if array.dtype == np.bool_:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype == np.uint16:
-        array = _from_16_bit(array)
-    elif array.dtype.kind == "f":
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise ValueError("an image array of floats must lie in 0 ... 1 and hold no NaN")
-        array = np.rint(array * 255).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        raise ValueError(f"an image array must be uint8, uint16, bool or float, got {array.dtype}")
-    channels = array.shape[2]
-    if channels in (2, 4):
-        colour, alpha = array[:, :, :-1].astype(np.uint32), array[:, :, -1:].astype(np.uint32)
-        array = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-    if channels < 3:
-        array = _grey_to_rgb(array[:, :, 0])
-    return np.ascontiguousarray(array)
-
-
 def _taps(length: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Two neighbours and the weight of the second, for `count` samples of `length` pixels.
 
@@ -207,25 +84,22 @@ def to_input(
 
     size: (height, width); None takes preprocessing["size"].
     """
+    mean, std = (torch.tensor(preprocessing[name], dtype=torch.float32) for name in ("mean", "std"))
+    if len(mean) != 3:
+        raise ValueError(f"preprocessing mean must have 3 values for RGB, got {len(mean)}")
     height, width = size if size is not None else preprocessing["size"]
     top, bottom, down = _taps(rgb.shape[0], height)
     left, right, across = _taps(rgb.shape[1], width)
-    across = across[None, :, None]
-
-    def row_pair(rows: np.ndarray) -> np.ndarray:
-        picked = rgb[rows]
-        a = picked[:, left].astype(np.float32)
-        b = picked[:, right].astype(np.float32)
-        return (1 - across) * a + across * b
-
-    weight = down[:, None, None]
-    resized = ((1 - weight) * row_pair(top) + weight * row_pair(bottom)) / np.float32(255)
-    mean = np.asarray(preprocessing["mean"], dtype=np.float32)
-    std = np.asarray(preprocessing["std"], dtype=np.float32)
-    if mean.size != 3:
-        raise ValueError(f"preprocessing mean must have 3 values for RGB, got {mean.size}")
-    normalised = (resized - mean) / std
-    return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))[None]
+    # Whole rows are copied first, then single values, already in the order of planes.
+    rows = rgb.reshape(rgb.shape[0], -1).take(np.concatenate([top, bottom]), axis=0)
+    columns = 3 * np.concatenate([left, right]) + np.arange(3)[:, None]
+    corners = torch.from_numpy(rows.take(columns.ravel(), axis=1)).float()
+    corners = corners.view(2, height, 3, 2, width)  # upper or lower, row, colour, left or right
+    sides = torch.lerp(corners[:, :, :, 0], corners[:, :, :, 1], torch.from_numpy(across))
+    resized = torch.lerp(sides[0], sides[1], torch.from_numpy(down)[:, None, None])
+    planes = torch.empty(3, height, width)
+    torch.sub(resized.permute(1, 0, 2), 255 * mean[:, None, None], out=planes)
+    return planes.div_(255 * std[:, None, None])[None]
 
 
 def to_map(logits: torch.Tensor, size: tuple[int, int]) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Data for training: pairs on disk, a decoded cache, batched augmentation, synthetic scenes."""

@@ -1,0 +1,92 @@
+"""Augmentation of a whole batch on the training device.
+
+What happens to a picture is a function of (seed, epoch, index) alone: not of the rank, the
+worker, the batch size or what was drawn before. So two ranks together do what one would, and
+a resumed run needs no generator's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["augment", "draw", "uniform"]
+
+
+def uniform(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
+    """(len(indices), count) float64 in [0, 1): a hash of (seed, epoch, index, column).
+
+    SplitMix64's finaliser applied to a counter; 53 good bits per number.
+    """
+    with np.errstate(over="ignore"):
+        key = _mix(np.uint64(seed % 2**64) + np.uint64(0x9E3779B97F4A7C15))
+        key = _mix(key ^ np.uint64(epoch))
+        rows = _mix(key ^ np.asarray(indices).astype(np.uint64))
+        columns = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        bits: np.ndarray = _mix(rows[:, None] + columns[None, :])
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(z: Any) -> Any:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def draw(
+    seed: int,
+    epoch: int,
+    indices: np.ndarray,
+    crop: float = 15 / 224,
+    horizontal_flip: float = 0.5,
+    vertical_flip: float = 0.0,
+) -> np.ndarray:
+    """The affine maps of a batch: (B, 2, 3) float32, as `torch.nn.functional.affine_grid` takes.
+
+    crop: from each of the four sides, up to this part of the side is cut, uniformly.
+    horizontal_flip, vertical_flip: probabilities. Raises ValueError outside their ranges.
+    """
+    if not 0 <= crop < 0.5:
+        raise ValueError(f"crop must be from 0 to under 0.5, got {crop}")
+    for name, value in (("horizontal_flip", horizontal_flip), ("vertical_flip", vertical_flip)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, got {value}")
+    u = uniform(seed, epoch, indices, 6)
+    left, right, top, bottom = (crop * u[:, column] for column in range(4))
+    theta = np.zeros((len(u), 2, 3))
+    # Output -1 … 1 goes to the box's edges in the input's -1 … 1.
+    theta[:, 0, 0] = (1 - left - right) * np.where(u[:, 4] < horizontal_flip, -1, 1)
+    theta[:, 0, 2] = left - right
+    theta[:, 1, 1] = (1 - top - bottom) * np.where(u[:, 5] < vertical_flip, -1, 1)
+    theta[:, 1, 2] = top - bottom
+    return theta.astype(np.float32)
+
+
+def augment(
+    images: Tensor,  # (B, S, S, 3) uint8
+    masks: Tensor,  # (B, S, S) uint8, 0–255
+    theta: Tensor,  # (B, 2, 3) float32, from `draw`
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """Crop, flip, resize (bilinear, no antialiasing) and normalise on the tensors' device.
+
+    Returns the network's input (B, 3, size, size) float32 and the truth (B, 1, size, size)
+    in 0–1, which is soft along edges.
+    """
+    both = torch.cat([images, masks[..., None]], dim=3).permute(0, 3, 1, 2)
+    grid = F.affine_grid(theta, [len(images), 4, size, size], align_corners=False)
+    both = F.grid_sample(
+        both.to(torch.float32), grid, "bilinear", padding_mode="border", align_corners=False
+    ).div_(255)
+    x, truth = both[:, :3], both[:, 3:]
+    shape = (1, 3, 1, 1)
+    centre = torch.tensor(mean, dtype=torch.float32, device=x.device).view(shape)
+    spread = torch.tensor(std, dtype=torch.float32, device=x.device).view(shape)
+    return ((x - centre) / spread).contiguous(), truth.contiguous()

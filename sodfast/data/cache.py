@@ -1,0 +1,238 @@
+"""Pictures decoded once, to squares of uint8 in memory-mapped files.
+
+Decoding costs several times more than a training step of a tiny network can wait for. So all
+pairs are decoded and resized once, in parallel, into two files; training maps them and reads
+rows. The cache is valid as long as every source file has the size and the modification time
+that it had then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..preprocess import read_image
+from ..weights import atomic_write
+from .folders import Pair, find_data
+
+__all__ = ["BadPairs", "Cache", "build_cache", "default_folder", "open_data"]
+
+_FORMAT = 1
+
+
+class BadPairs(ValueError):
+    """Pairs that cannot be used; `reasons` maps the name to why."""
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        self.reasons = reasons
+        lines = [f"{name}: {reason}" for name, reason in sorted(reasons.items())]
+        more = f"\n  and {len(lines) - 20} more" if lines[20:] else ""
+        super().__init__(
+            f"{len(lines)} bad {'pair' if len(lines) == 1 else 'pairs'}:\n  "
+            + "\n  ".join(lines[:20])
+            + more
+        )
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Decoded pairs. images (N, S, S, 3) uint8 RGB, masks (N, S, S) uint8 0–255, both memory
+    maps; names: N stems, in the order of the rows; bad: name to reason for pairs left out."""
+
+    images: np.ndarray
+    masks: np.ndarray
+    names: list[str]
+    bad: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def size(self) -> int:
+        """Side of the squares in pixels."""
+        return int(self.images.shape[1])
+
+
+def default_folder() -> Path:
+    """Where caches go: $SODFAST_CACHE, or sodfast in the user's cache folder."""
+    chosen = os.environ.get("SODFAST_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sodfast"
+
+
+def build_cache(
+    pairs: Sequence[Pair],
+    size: int,
+    folder: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> Cache:
+    """Opens the cache of `pairs` at `size`, building it first where it is missing or stale.
+
+    pairs: from `find_pairs`. size: side of the squares in pixels; pictures are squeezed to
+    them as the network's preprocessing does (bilinear, without antialiasing). folder: where
+    caches live; None takes `default_folder()`. workers: decoding threads, None: all cores.
+    skip_bad: leave out pairs that cannot be decoded or whose sizes differ, instead of
+    refusing. Raises BadPairs (a ValueError) that lists them, OSError when the disk is full.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel, got {size}")
+    if not pairs:
+        raise ValueError("pairs must not be empty")
+    folder = Path(folder) if folder is not None else default_folder()
+    signature = [_stamp(pair) for pair in pairs]
+    places = json.dumps([_FORMAT, size, sorted(str(pair.image.absolute()) for pair in pairs)])
+    place = folder / f"pairs-{size}-{hashlib.sha256(places.encode()).hexdigest()[:16]}"
+    cache = _open(place, signature, size)
+    if cache is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _build(place, pairs, signature, size, workers, progress)
+        cache = _open(place, signature, size)
+        if cache is None:
+            raise OSError(f"{place}: the cache changed while it was built")
+    if cache.bad and not skip_bad:
+        raise BadPairs(cache.bad)
+    if not cache.names:
+        raise BadPairs(cache.bad)
+    return cache
+
+
+def open_data(
+    source: str | os.PathLike[str],
+    size: int,
+    folder: str | os.PathLike[str] | None = None,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> Cache:
+    """The cache of all pairs that `folders.find_data` finds in `source`.
+
+    Other arguments as of `build_cache`. Raises ValueError that lists files without a partner
+    and bad pairs (unless skip_bad), and what `find_data` raises.
+    """
+    found = find_data(source)
+    if found.problems and not skip_bad:
+        listed = "\n  ".join(found.problems[:20])
+        more = f"\n  and {len(found.problems) - 20} more" if found.problems[20:] else ""
+        raise ValueError(f"{source}: images and masks do not match:\n  {listed}{more}")
+    cache = build_cache(found.pairs, size, folder, None, skip_bad, progress)
+    if found.problems:
+        return replace(cache, bad={**cache.bad, **dict.fromkeys(found.problems, "left out")})
+    return cache
+
+
+def _stamp(pair: Pair) -> list[str | int]:
+    image, mask = pair.image.stat(), pair.mask.stat()
+    return [
+        pair.name, image.st_size, image.st_mtime_ns, mask.st_size, mask.st_mtime_ns
+    ]  # fmt: skip
+
+
+def _open(place: Path, signature: list[list[str | int]], size: int) -> Cache | None:
+    """The cache at `place`, or None where it is missing, of other files, or incomplete."""
+    try:
+        index = json.loads((place.with_suffix(".json")).read_text(encoding="utf-8"))
+        if index["format"] != _FORMAT or index["files"] != signature:
+            return None
+        bad = index["bad"]
+        count = len(signature)
+        # The name carries the content's hash of stamps, so that a rebuild never changes a file
+        # that another process has mapped.
+        stem = index["stem"]
+        images, masks = (place.with_name(f"{stem}.{kind}") for kind in ("images", "masks"))
+        if images.stat().st_size != count * size * size * 3:
+            return None
+        if masks.stat().st_size != count * size * size:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    keep = np.array([entry[0] not in bad for entry in signature])
+    image_map = np.memmap(images, np.uint8, "r", shape=(count, size, size, 3))
+    mask_map = np.memmap(masks, np.uint8, "r", shape=(count, size, size))
+    names = [str(entry[0]) for entry in signature]
+    if bad:  # rare: a copy in memory without the bad rows is simplest
+        names = [name for name in names if name not in bad]
+        return Cache(image_map[keep], mask_map[keep], names, bad)
+    return Cache(image_map, mask_map, names, bad)
+
+
+def _build(
+    place: Path,
+    pairs: Sequence[Pair],
+    signature: list[list[str | int]],
+    size: int,
+    workers: int | None,
+    progress: bool,
+) -> None:
+    from tqdm import tqdm
+
+    stem = f"{place.name}-{hashlib.sha256(json.dumps(signature).encode()).hexdigest()[:8]}"
+    count, bad = len(pairs), {}
+    rows = size * size
+    with (
+        atomic_write(place.with_name(f"{stem}.images")) as image_file,
+        atomic_write(place.with_name(f"{stem}.masks")) as mask_file,
+        ThreadPoolExecutor(workers or os.cpu_count()) as pool,
+    ):
+        image_file.truncate(count * rows * 3)
+        mask_file.truncate(count * rows)
+
+        def decode(number: int) -> None:
+            try:
+                image, mask = _decode(pairs[number], size)
+            except (OSError, ValueError) as error:
+                bad[pairs[number].name] = " ".join(str(error).split())[:200]
+                return
+            # Written, not mapped: a full disk is then an error, where a map would crash.
+            _write(image_file.fileno(), image, number * rows * 3)
+            _write(mask_file.fileno(), mask, number * rows)
+
+        jobs = pool.map(decode, range(count))
+        for _ in tqdm(jobs, total=count, unit="pair", desc="decode", disable=not progress or None):
+            pass
+    index = {"format": _FORMAT, "stem": stem, "bad": bad, "files": signature}
+    with atomic_write(place.with_suffix(".json")) as file:
+        file.write(json.dumps(index).encode())
+
+
+def _write(descriptor: int, array: np.ndarray, offset: int) -> None:
+    data = memoryview(np.ascontiguousarray(array).data).cast("B")
+    while data:
+        done = os.pwrite(descriptor, data, offset)
+        data, offset = data[done:], offset + done
+
+
+def _decode(pair: Pair, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(S, S, 3) and (S, S) uint8. Raises ValueError or OSError that says what is wrong."""
+    image, mask = read_image(pair.image), read_image(pair.mask)[:, :, 0]
+    if image.shape[:2] != mask.shape:
+        raise ValueError(
+            f"the image is {image.shape[1]}x{image.shape[0]}, "
+            f"the mask {mask.shape[1]}x{mask.shape[0]}"
+        )
+    return _squeeze(image, size), _squeeze(mask[:, :, None], size)[:, :, 0]
+
+
+def _squeeze(array: np.ndarray, size: int) -> np.ndarray:
+    """(H, W, C) uint8 to (S, S, C), bilinear without antialiasing (preprocess.to_input's way)."""
+    from ..preprocess import _taps
+
+    top, bottom, down = _taps(array.shape[0], size)
+    left, right, across = _taps(array.shape[1], size)
+    across, down = across[None, :, None], down[:, None, None]
+
+    def row_pair(rows: np.ndarray) -> np.ndarray:
+        picked = array[rows]
+        a, b = picked[:, left].astype(np.float32), picked[:, right].astype(np.float32)
+        return a + across * (b - a)
+
+    upper, lower = row_pair(top), row_pair(bottom)
+    return np.rint(upper + down * (lower - upper)).astype(np.uint8)

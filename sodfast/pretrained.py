@@ -1,0 +1,41 @@
+"""Weights by name or by path."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import nn
+
+from .weights import load
+
+__all__ = ["from_pretrained", "pretrained_names"]
+
+# Weights that ship with the package: one file NAME.safetensors each.
+_FOLDER = Path(__file__).with_name("pretrained_weights")
+
+
+def pretrained_names() -> list[str]:
+    """The names that `from_pretrained` knows, in alphabetical order."""
+    return sorted(path.stem for path in _FOLDER.glob("*.safetensors"))
+
+
+def from_pretrained(weights: str | os.PathLike[str]) -> nn.Module:
+    """A trained model, in eval mode.
+
+    weights: a name (see `pretrained_names`), or the path of a file that `sodfast.save` or
+    ``sodfast convert`` wrote. Whatever has a folder or an ending, or is there as a file, is a
+    path. Nothing is downloaded.
+
+    Raises ValueError for an unknown name, and for a path what `sodfast.load` raises.
+    """
+    path = Path(weights)
+    names = pretrained_names()
+    if isinstance(weights, str) and weights in names:
+        return load(_FOLDER / f"{weights}.safetensors")
+    if path.suffix or path.name != str(weights) or path.exists():
+        return load(path)
+    known = f"known are {', '.join(names)}" if names else "this version of sodfast ships none"
+    raise ValueError(
+        f"unknown weights {str(weights)!r}: {known}; the path of a .safetensors file works too"
+    )

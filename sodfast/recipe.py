@@ -1,0 +1,226 @@
+"""Recipes: every number of a training run, in one short TOML file.
+
+A recipe names the settings that differ from the defaults of :class:`Recipe`; the table
+``[config]`` goes to `sodfast.create_model`. Unknown keys are refused: a misspelt setting that
+is silently ignored costs a night.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.resources
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Recipe", "list_recipes", "load_recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of `sodfast.train.train`; see the comment of each.
+
+    Raises ValueError, naming the setting and its value, where one is out of range.
+    """
+
+    paper: str = ""  # which paper and table this is, for the log
+    # the network
+    model: str = "csnet"  # name for sodfast.create_model
+    config: dict[str, Any] = field(default_factory=dict)  # its other arguments
+    size: int = 224  # side of the square that the network sees, pixels
+    sizes: list[list[float]] = field(default_factory=list)  # [[done, side], …] while it trains:
+    # from this part of the schedule on, this side; before the first, and when empty: size
+    cache_size: int = 0  # side of the decoded squares that crops are taken from; 0: size
+    # how long
+    epochs: int = 300  # all, those of the fine-tuning included
+    finetune_epochs: int = 20  # the last ones, after channels were eliminated
+    max_minutes: float = 0.0  # 0: as long as it takes; else the schedule is compressed so that
+    # it ends by then (what a step does then depends on the clock: not reproducible to the bit)
+    # data
+    batch_size: int = 24  # pictures per forward, all processes together
+    accumulate: int = 1  # forwards per step of the optimizer
+    crop: float = 15 / 224  # up to this part is cut from each side
+    horizontal_flip: float = 0.5  # probabilities
+    vertical_flip: float = 0.0
+    held_out: float = 0.05  # part of the training set that only validation sees
+    seed: int = 1  # of initialisation, data order and augmentation
+    # optimizer
+    optimizer: str = "adam"  # adam, adamw or sgd
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # adam, adamw
+    eps: float = 1e-8  # adam, adamw
+    momentum: float = 0.9  # sgd
+    weight_decay: float = 5e-3  # on everything but the γ under dynamic weight decay
+    schedule: str = "steps"  # steps (÷ 10 at each milestone) or cosine
+    milestones: list[int] = field(default_factory=lambda: [200, 250])  # epochs
+    warmup_epochs: float = 0.0  # linear from 0
+    final_lr: float = 0.0  # cosine ends here, as a part of lr
+    finetune_lr: float = 0.0  # the fine-tuning: cosine from here to 0; 0: the schedule goes on
+    # dynamic weight decay and elimination
+    lambda_d: float = 3.0  # 0: none
+    lambda_steps: list[list[float]] = field(default_factory=list)  # [[done, lambda_d], …]: from
+    # this part of the schedule on, this lambda_d; before the first 0; empty: lambda_d always
+    decay_mode: str = "coupled"  # or decoupled
+    prune: bool = True  # eliminate channels before the fine-tuning
+    prune_threshold: float = 1e-20  # on |γ|
+    prune_mode: str = "paper"  # or exact: see sodfast.prune
+    # the run
+    ema: float = 0.0  # decay per step of averaged weights, which are then validated and kept
+    validate_every: int = 1  # epochs
+    checkpoint_every: int = 500  # steps
+    log_every: int = 50  # steps
+    precision: str = "float32"  # or bfloat16, float16: autocast (needs accelerate)
+    sync_bn: bool = False  # several processes: one batch's statistics over all of them
+
+    def __post_init__(self) -> None:
+        for name, smallest in _SMALLEST.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        if not self.lr > 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out must be from 0 to under 1, got {self.held_out}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be from 0 to under 1, got {self.ema}")
+        if self.finetune_epochs > self.epochs:
+            raise ValueError(
+                f"finetune_epochs must not exceed epochs ({self.epochs}), "
+                f"got {self.finetune_epochs}"
+            )
+        for entry in self.lambda_steps:
+            if len(entry) != 2 or not 0 <= entry[0] <= 1 or entry[1] < 0:
+                raise ValueError(
+                    f"lambda_steps must be [[part of the schedule, lambda_d], …], got {entry}"
+                )
+        for entry in self.sizes:
+            if len(entry) != 2 or not 0 <= entry[0] <= 1 or entry[1] < 1 or entry[1] % 1:
+                raise ValueError(f"sizes must be [[part of the schedule, side], …], got {entry}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings, json-able."""
+        return asdict(self)
+
+
+_SMALLEST = {
+    "size": 16, "cache_size": 0, "epochs": 1, "finetune_epochs": 0, "max_minutes": 0,
+    "batch_size": 1, "accumulate": 1, "eps": 0, "momentum": 0, "weight_decay": 0,
+    "warmup_epochs": 0, "final_lr": 0, "finetune_lr": 0, "lambda_d": 0, "prune_threshold": 0,
+    "validate_every": 1, "checkpoint_every": 1, "log_every": 1,
+}  # fmt: skip
+_CHOICES = {
+    "optimizer": ("adam", "adamw", "sgd"),
+    "schedule": ("steps", "cosine"),
+    "decay_mode": ("coupled", "decoupled"),
+    "prune_mode": ("paper", "exact"),
+    "precision": ("float32", "bfloat16", "float16"),
+}
+
+
+def _folder() -> Any:
+    """The recipes that ship, as package data (in a checkout a link to the top-level folder)."""
+    return importlib.resources.files("sodfast") / "recipes"
+
+
+def list_recipes() -> list[str]:
+    """The names of the recipes that come with sodfast, sorted."""
+    folder = _folder()
+    if not folder.is_dir():
+        return []
+    return sorted(e.name.removesuffix(".toml") for e in folder.iterdir() if e.name[-5:] == ".toml")
+
+
+def load_recipe(source: str | os.PathLike[str], settings: Iterable[str] = ()) -> Recipe:
+    """A recipe by the name of one that ships, or from a TOML file, with settings changed.
+
+    settings: "key=value" each, the value as TOML writes it ("lr=1e-3", "sizes=[[0, 64]]",
+    "config.width=2.0"); a bare word is a string. Raises FileNotFoundError, or ValueError for
+    what is no TOML, an unknown key (with the nearest known one) or a value out of range.
+    """
+    path = Path(source)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise FileNotFoundError(f"recipe not found: {path}")
+        text = path.read_text(encoding="utf-8")
+    elif str(source) in list_recipes():
+        text = (_folder() / f"{source}.toml").read_text(encoding="utf-8")
+    else:
+        known = list_recipes()
+        raise FileNotFoundError(
+            f"no recipe {str(source)!r}: {', '.join(known)} come with sodfast, others are "
+            f"given as a .toml file{_nearest(str(source), known)}"
+        )
+    values = _parse(text, str(source))
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"a setting must be key=value, got {setting!r}")
+        place = values
+        *tables, key = key.strip().split(".")
+        for table in tables:
+            place = place.setdefault(table, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{table!r} in {setting!r} is no table")
+        place[key] = _value(value)
+    return _checked(values, str(source))
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    # tomllib came with Python 3.11; tomli is the same for 3.10.
+    name = "tomllib" if sys.version_info >= (3, 11) else "tomli"
+    try:
+        parser = importlib.import_module(name)
+    except ImportError:
+        raise ImportError("reading recipes on Python 3.10 needs: pip install tomli") from None
+    try:
+        return dict(parser.loads(text))
+    except ValueError as error:  # TOMLDecodeError is one
+        raise ValueError(f"{source}: not a TOML file: {error}") from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return _parse(f"value = {text}", "setting")["value"]
+    except ValueError:
+        return text.strip()
+
+
+def _checked(values: Mapping[str, Any], source: str) -> Recipe:
+    defaults = Recipe()
+    known = [f.name for f in fields(Recipe)]
+    ready = {}
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"{source}: unknown key {key!r}{_nearest(key, known)}")
+        default = getattr(defaults, key)
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(default):
+            raise ValueError(
+                f"{source}: {key} must be a {_KINDS[type(default)]}, "
+                f"like {default!r}, got {value!r}"
+            )
+        ready[key] = value
+    try:
+        return Recipe(**ready)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+_KINDS = {
+    bool: "truth value", int: "whole number", float: "number", str: "string", list: "list",
+    dict: "table",
+}  # fmt: skip
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,79 @@
+"""The optimizer of a recipe, and what changes while a run goes on: rate and picture size.
+
+These two are functions of how much of the schedule is done, 0 to 1, so that a run that is bounded
+by the clock (`max_minutes`) follows the same curves as one that is bounded by its epochs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .recipe import Recipe
+
+__all__ = ["check_sizes", "decay_strength", "image_size", "learning_rate", "make_optimizer"]
+
+
+def learning_rate(recipe: Recipe, done: float, eliminated_at: float, per_epoch: int) -> float:
+    """The rate of a step: of the schedule, or of the fine-tuning once channels are eliminated.
+
+    done: part of the schedule that is behind us. eliminated_at: the part that was when the
+    channels went, or -1.
+    """
+    if eliminated_at >= 0 and recipe.finetune_lr:
+        local = (done - eliminated_at) / max(1 - eliminated_at, 1e-9)
+        # A fresh optimizer knows no gradient's size yet: a short start from 0.
+        return recipe.finetune_lr * min(1.0, (local + 1e-3) / 0.05) * _cosine(local)
+    epoch = done * recipe.epochs
+    warm = 1.0
+    if recipe.warmup_epochs:
+        warm = min(1.0, (epoch + 1 / per_epoch) / recipe.warmup_epochs)
+    if recipe.schedule == "steps":
+        passed = sum(epoch >= milestone for milestone in recipe.milestones)
+        return recipe.lr * warm * 0.1**passed
+    end = 1.0
+    if recipe.finetune_lr and recipe.prune and recipe.lambda_d:
+        end = 1 - recipe.finetune_epochs / recipe.epochs  # the fine-tuning has its own
+    part = min(1.0, done / end) if end > 0 else 1.0
+    return recipe.lr * warm * (recipe.final_lr + (1 - recipe.final_lr) * _cosine(part))
+
+
+def _cosine(part: float) -> float:
+    return (1 + math.cos(math.pi * min(max(part, 0.0), 1.0))) / 2
+
+
+def image_size(recipe: Recipe, done: float) -> int:
+    """The side that a training step uses: small first, where the recipe says so."""
+    sides = [int(side) for start, side in sorted(recipe.sizes) if done >= start]
+    return sides[-1] if sides else recipe.size
+
+
+def check_sizes(recipe: Recipe, multiple: int) -> None:
+    """Raises ValueError for a picture size that the network does not take."""
+    for side in (recipe.size, *(int(side) for _, side in recipe.sizes)):
+        if side % multiple:
+            below = side // multiple * multiple
+            near = " and ".join(str(n) for n in (below, below + multiple) if n)
+            raise ValueError(
+                f"{recipe.model} takes multiples of {multiple} pixels, got size {side}; "
+                f"the nearest: {near}"
+            )
+
+
+def decay_strength(recipe: Recipe, done: float) -> float:
+    """λ_d of a training step: none at first and stronger later, where the recipe says so."""
+    if not recipe.lambda_steps:
+        return recipe.lambda_d
+    reached = [strength for start, strength in sorted(recipe.lambda_steps) if done >= start]
+    return float(reached[-1]) if reached else 0.0
+
+
+def make_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Adam, AdamW or SGD over parameter groups, with the recipe's settings."""
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
+    first, second = recipe.betas
+    return kind(groups, lr=recipe.lr, betas=(first, second), eps=recipe.eps)

@@ -1,0 +1,403 @@
+"""Training: algorithm 1 of the CSNet papers in one loop.
+
+    train with dynamic weight decay → eliminate channels → fine-tune → evaluate
+
+Everything that a step does follows from the recipe and the step's number, so the state of a
+run is the parameters, the optimizer, the averages and a few numbers: a run that was killed
+and resumed ends with the same bits as one that was not (on one CPU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from . import checkpoint
+from .data.batches import Batches, hold_out
+from .data.cache import Cache, open_data
+from .launch import Launch
+from .models import count, create_model
+from .optim import DynamicWeightDecay, parameter_groups
+from .prune import prune
+from .recipe import Recipe
+from .runlog import Losses, NotFinite, RunLog, draw_curves, environment
+from .schedule import check_sizes, decay_strength, image_size, learning_rate, make_optimizer
+from .validation import gamma_quantiles, results, validate
+from .weights import atomic_write, load, save
+
+__all__ = ["TrainingError", "train"]
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says why, and what of it is safe."""
+
+
+def train(
+    recipe: Recipe,
+    data: str | os.PathLike[str],
+    run: str | os.PathLike[str],
+    val: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    init: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    cache_folder: str | os.PathLike[str] | None = None,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Trains one network and returns the table of results (also RUN/results.json).
+
+    recipe: from `sodfast.recipe.load_recipe`. data: a folder of images and masks, see
+    `sodfast.data.folders`. run: a folder for everything that the run writes: log.jsonl,
+    checkpoints, curves.png, trained.safetensors (before the elimination) and
+    weights.safetensors (the result). val: validate and select on this folder (never a test
+    set) instead of a held-out part of `data`. resume: go on from the last checkpoint in
+    `run`. init: start from these weights, in their configuration. device: None takes a GPU
+    where there is one. cache_folder, skip_bad: see `sodfast.data.cache.build_cache`.
+
+    Raises ValueError and FileNotFoundError for what is wrong with the arguments or the data,
+    TrainingError for a loss that is not finite or a full disk.
+    """
+    run = Path(run)
+    trainer = Trainer(recipe, run, resume, device, progress)
+    with checkpoint.lock(run) if trainer.launch.is_main else contextlib.nullcontext():
+        if trainer.launch.is_main:
+            if not resume and checkpoint.list_checkpoints(run):
+                raise ValueError(f"{run} holds a run already: --resume goes on with it")
+            checkpoint.clean(run)
+        side = recipe.cache_size or recipe.size
+        with trainer.launch.main_first():  # one process decodes, the others open what it wrote
+            cache = open_data(data, side, cache_folder, skip_bad, progress)
+            separate = None
+            if val is not None:
+                separate = open_data(val, side, cache_folder, skip_bad, progress)
+        trainer.start(cache, separate, init)
+        try:
+            trainer.loop()
+            return trainer.finish()
+        except OSError as error:
+            raise TrainingError(
+                f"{error.filename or run}: {error.strerror or error}; {checkpoint.advice(run)}"
+            ) from error
+        finally:
+            trainer.close()
+
+
+@dataclass
+class State:
+    """Where a run stands; with the tensors, all that a checkpoint holds."""
+
+    step: int = 0
+    seconds: float = 0.0  # spent so far, of all sessions
+    eliminated_at: float = -1.0  # part of the schedule that was done then; -1: not yet
+    best: float = -1.0  # max-F of the phase's best validation
+    loss: float = 0.0  # running mean for the log
+
+
+class Trainer:
+    """One run: what `train` does, in the order of the methods below."""
+
+    def __init__(
+        self, recipe: Recipe, run: Path, resume: bool, device: str | None, progress: bool
+    ) -> None:
+        self.recipe, self.run, self.resume, self.progress = recipe, run, resume, progress
+        self.launch = Launch(recipe.precision, device)
+        self.device = self.launch.device
+        self.state = State()
+        self.log = RunLog(run, active=False)
+        self.drawn = time.monotonic()
+        # Reading a loss makes a GPU wait, so there it is done for several at once.
+        self.losses = Losses(1 if self.device.type == "cpu" else 16)
+
+    # ---- beginning and resuming ----------------------------------------------------------------
+
+    def start(
+        self, cache: Cache, separate: Cache | None, init: str | os.PathLike[str] | None
+    ) -> None:
+        """Everything before the first step; separate: the validation pairs of a folder."""
+        recipe = self.recipe
+        rows, held = hold_out(cache.names, recipe.held_out if separate is None else 0.0)
+        self.held = (cache, held) if separate is None else (separate, np.arange(len(separate)))
+        names = hashlib.sha256("\n".join(cache.names[row] for row in rows).encode()).hexdigest()
+        torch.manual_seed(recipe.seed)
+        found = checkpoint.latest(self.run) if self.resume else None
+        if found is not None:
+            path, saved, complaints = found
+            if saved["recipe"] != recipe.as_dict():
+                changed = [k for k, v in recipe.as_dict().items() if saved["recipe"].get(k) != v]
+                raise ValueError(f"{path}: the run had another recipe; differs: {changed}")
+            if saved["names"] != names:
+                raise ValueError(f"{path}: the run was trained on other pictures than these")
+            self.state = State(**saved["state"])
+            model = create_model(saved["model"]["name"], **saved["model"]["config"])
+        elif init is not None:
+            model = load(init).train().requires_grad_(True)
+        else:
+            model = create_model(recipe.model, **recipe.config)
+        check_sizes(recipe, getattr(model, "size_multiple", 16))
+        self.names = names
+        pre: dict[str, Any] = model.preprocessing  # type: ignore[assignment]
+        pre["size"] = [recipe.size, recipe.size]  # travels with the weights
+        self.batches = Batches(
+            cache, rows, recipe.batch_size, recipe.seed, pre["mean"], pre["std"], recipe.crop,
+            recipe.horizontal_flip, recipe.vertical_flip, self.device, self.launch.rank,
+            self.launch.world,
+        )  # fmt: skip
+        self.steps_per_epoch = self.batches.per_epoch // recipe.accumulate
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"accumulate is {recipe.accumulate}, but an epoch has {self.batches.per_epoch} "
+                "batches only"
+            )
+        self.total_steps = recipe.epochs * self.steps_per_epoch
+        self.adopt(model)
+        if found is not None:
+            self.restore(saved)
+
+        self.log = RunLog(self.run, active=self.launch.is_main)
+        self.log.write(
+            "start", recipe=recipe.as_dict(), environment=environment(), device=str(self.device),
+            processes=self.launch.world, seed=recipe.seed, training=len(rows), step=self.state.step,
+            validation=len(self.held[1]), bad=cache.bad, steps=self.total_steps,
+            params=count(self.model)["params"],
+        )  # fmt: skip
+        if found is not None:
+            self.log.write("resume", step=self.state.step, checkpoint=path.name, damaged=complaints)
+        self.clock = time.monotonic() - self.state.seconds
+
+    def adopt(self, model: nn.Module) -> None:
+        """Makes `model` the one that is trained, with a fresh optimizer."""
+        recipe = self.recipe
+        self.model = model.to(self.device).train()
+        inner = make_optimizer(recipe, parameter_groups(self.model, recipe.weight_decay))
+        self.decay = None
+        # Once channels are eliminated the rest is fine-tuned: nothing more shall vanish.
+        if recipe.lambda_d > 0 and self.state.eliminated_at < 0:
+            self.decay = DynamicWeightDecay(inner, self.model, recipe.lambda_d, recipe.decay_mode)
+        self.optimizer = inner if self.decay is None else self.decay
+        self.average = copy.deepcopy(self.model).eval() if recipe.ema else None
+        self.parallel = self.launch.wrap(self.model, recipe.sync_bn)
+
+    # ---- the loop --------------------------------------------------------------------------------
+
+    def loop(self) -> None:
+        """Algorithm 1. `done` runs from 0 to 1 over the whole schedule."""
+        recipe, state = self.recipe, self.state
+        bar = tqdm(
+            total=self.total_steps, initial=state.step, unit="step", desc="train",
+            disable=None if self.progress and self.launch.is_main else True,
+        )  # fmt: skip
+        while (done := self.done()) < 1:
+            if self.must_eliminate(done):
+                self.eliminate(done)
+            rate = learning_rate(recipe, done, state.eliminated_at, self.steps_per_epoch)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            if self.decay is not None:
+                self.decay.lambda_d = decay_strength(recipe, done)
+            size = image_size(recipe, done)
+            self.optimizer.zero_grad()
+            for part in range(recipe.accumulate):
+                number = state.step * recipe.accumulate + part
+                x, truth = self.batches.get(number, size)
+                with self.launch.autocast():
+                    logits = self.parallel(x)
+                loss = F.binary_cross_entropy_with_logits(logits.float(), truth)
+                self.losses.add(number, loss)
+                if self.losses.due:
+                    self.read_losses(size)
+                self.launch.backward(loss / recipe.accumulate)
+            self.launch.step(self.optimizer)
+            self.update_average()
+            state.step += 1
+
+            save_now = state.step % recipe.checkpoint_every == 0
+            if state.step % recipe.log_every == 0 or save_now:
+                self.read_losses(size)
+            if state.step % recipe.log_every == 0:
+                self.log.write(
+                    "step", step=state.step, epoch=state.step / self.steps_per_epoch, done=done,
+                    loss=self.launch.mean(state.loss), lr=rate, size=size,
+                    seconds=round(self.seconds(), 2),
+                    penalty=None if self.decay is None else float(self.decay.penalty()),
+                )  # fmt: skip
+            bar.update()
+            bar.set_postfix(loss=f"{state.loss:.3f}", size=size, refresh=False)
+            if state.step % (recipe.validate_every * self.steps_per_epoch) == 0:
+                self.read_losses(size)
+                self.validate_now()
+                save_now = True
+            if save_now:
+                self.save_checkpoint()
+        if self.must_eliminate(1.0):  # no fine-tuning was asked for
+            self.eliminate(1.0)
+        bar.close()
+
+    def done(self) -> float:
+        """How much of the schedule is behind us: of the steps, or of the time if that is more."""
+        part = self.state.step / self.total_steps
+        if self.recipe.max_minutes:
+            part = max(part, self.launch.agree(self.seconds() / 60 / self.recipe.max_minutes))
+        return part
+
+    def seconds(self) -> float:
+        """Spent on this run, in all sessions."""
+        return time.monotonic() - self.clock
+
+    def must_eliminate(self, done: float) -> bool:
+        recipe = self.recipe
+        if not (recipe.prune and recipe.lambda_d) or self.state.eliminated_at >= 0:
+            return False
+        return done >= 1 - recipe.finetune_epochs / recipe.epochs
+
+    def eliminate(self, done: float) -> None:
+        """Removes the channels whose γ vanished; the rest gets a fresh optimizer."""
+        before = self.validate_now("before elimination")
+        self.save_weights("trained.safetensors")
+        smaller, report = prune(
+            self.model, "threshold", self.recipe.prune_mode, self.recipe.prune_threshold
+        )
+        self.state.eliminated_at = done
+        self.state.best = -1.0  # from now on the smaller network's scores count
+        pre = self.model.preprocessing
+        self.adopt(smaller)
+        self.model.preprocessing = pre
+        after = self.validate_now("after elimination", keep=False)
+        size = (self.recipe.size, self.recipe.size)
+        if self.launch.is_main:
+            with atomic_write(self.run / "elimination.txt") as file:
+                file.write(report.table(size).encode() + b"\n")
+        self.log.write(
+            "eliminate", step=self.state.step, removed=report.removed, total=report.total,
+            costs=report.costs(size), before=before, after=after, config=self.model.config,
+        )  # fmt: skip
+        self.save_checkpoint()
+
+    def update_average(self) -> None:
+        """Exponential moving average of the parameters; statistics are taken as they are."""
+        if self.average is None:
+            return
+        with torch.no_grad():
+            for ours, theirs in zip(self.model.parameters(), self.average.parameters()):
+                theirs.lerp_(ours, 1 - self.recipe.ema)
+            for now, then in zip(self.model.buffers(), self.average.buffers()):
+                then.copy_(now)
+
+    def read_losses(self, size: int) -> None:
+        """Reads what was not read yet; stops the run at the first loss that is no number."""
+        try:
+            self.state.loss = self.losses.read(self.state.loss)
+        except NotFinite as found:
+            self.stop_at(found.number, found.value, size)
+
+    def stop_at(self, number: int, value: float, size: int) -> None:
+        """Writes what is needed to see what happened, and ends the run."""
+        names = self.batches.names(number)
+        step = number // self.recipe.accumulate + 1
+        x, truth = self.batches.get(number, size)
+        dump = self.run / f"not-finite-rank{self.launch.rank}.pt"
+        where = f"batch and weights are in {dump}"
+        try:
+            with atomic_write(dump) as file:
+                torch.save(
+                    {"step": step, "names": names, "x": x.cpu(), "truth": truth.cpu(),
+                     "model": {k: v.cpu() for k, v in self.model.state_dict().items()}}, file
+                )  # fmt: skip
+            self.log.write("stop", reason=f"loss {value}", step=step, names=names)
+        except OSError as error:  # must not hide what is really wrong
+            where = f"batch and weights could not be written: {error}"
+        raise TrainingError(
+            f"the loss is {value} at step {step}; pictures: {', '.join(names)}; {where}; "
+            f"{checkpoint.advice(self.run)}"
+        )
+
+    # ---- validation and files --------------------------------------------------------------------
+
+    def validate_now(self, label: str = "", keep: bool = True) -> dict[str, float] | None:
+        """Scores the network (its average, where there is one) on the held-out pairs; keeps it
+        as weights.safetensors where it is the best of its phase so far."""
+        model = self.average if self.average is not None else self.model
+        cache, rows = self.held
+        scores = None
+        if len(rows):
+            scores = validate(model, cache, rows, self.recipe.size, self.device)
+        self.model.train()
+        if not self.launch.is_main:
+            return scores
+        gammas = [] if self.decay is None else gamma_quantiles(self.model)
+        if scores is not None:
+            self.log.write(
+                "validation", step=self.state.step, label=label, gamma=gammas, **scores
+            )  # fmt: skip
+        if keep and (scores is None or scores["max_f"] > self.state.best):
+            self.state.best = -1.0 if scores is None else scores["max_f"]
+            self.save_weights("weights.safetensors")
+        if time.monotonic() - self.drawn > 60:  # drawing costs as much as some steps
+            draw_curves(self.run)
+            self.drawn = time.monotonic()
+        return scores
+
+    def save_weights(self, name: str) -> None:
+        if self.launch.is_main:
+            save(self.average if self.average is not None else self.model, self.run / name)
+
+    def save_checkpoint(self) -> None:
+        self.state.seconds = self.seconds()
+        if not self.launch.is_main:
+            return
+        saved = {
+            "recipe": self.recipe.as_dict(),
+            "names": self.names,
+            "state": vars(self.state).copy(),
+            "model": {"name": self.model.name, "config": self.model.config},
+            "parameters": self.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.launch.scaler_state(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        checkpoint.save(self.run, self.state.step, saved)
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["parameters"])
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.launch.load_scaler_state(saved["scaler"])
+        torch.set_rng_state(saved["random"])
+        if torch.cuda.is_available() and saved["random_cuda"]:
+            torch.cuda.set_rng_state_all(saved["random_cuda"])
+
+    def finish(self) -> dict[str, Any]:
+        """The table: each network of the run with its size, its work and its held-out scores."""
+        self.validate_now("end")
+        self.save_checkpoint()
+        self.launch.wait()
+        if not self.launch.is_main:
+            return {}
+        cache, rows = self.held
+        table = results(self.run, cache, rows, self.recipe.size, self.device)
+        with atomic_write(self.run / "results.json") as file:
+            file.write(json.dumps(table, indent=1).encode())
+        curves = "drawn" if draw_curves(self.run) else "not drawn: matplotlib is not installed"
+        self.log.write(
+            "end", step=self.state.step, results=table, seconds=self.seconds(), curves=curves
+        )
+        return table
+
+    def close(self) -> None:
+        self.batches.close()
+        self.log.close()
