@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Union, overload
+from typing import TYPE_CHECKING, Any, Union, overload
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from .parallel import chunks, ordered_map, share_threads
 from .pictures import Picture, pixels_at_once, read_picture
 from .preprocess import check_preprocessing, to_input, to_map
 from .pretrained import from_pretrained
-from .render import encode, render
+from .render import FORMATS, TYPES, encode, render
 from .weights import atomic_write
 
 if TYPE_CHECKING:
@@ -110,12 +110,10 @@ class Predictor:
     def __call__(self, picture: PictureLike) -> np.ndarray: ...
 
     @overload
-    def __call__(
-        self, picture: list[PictureLike] | tuple[PictureLike, ...]
-    ) -> list[np.ndarray]: ...
+    def __call__(self, picture: list[Any] | tuple[Any, ...]) -> list[np.ndarray]: ...
 
     def __call__(
-        self, picture: PictureLike | list[PictureLike] | tuple[PictureLike, ...]
+        self, picture: PictureLike | list[Any] | tuple[Any, ...]
     ) -> np.ndarray | list[np.ndarray]:
         """The saliency map of one picture, (H, W) uint8: 0 background … 255 salient.
 
@@ -176,9 +174,13 @@ def predict_files(
     meanwhile; the files are the same for any number of threads and any predictor.batch.
 
     A picture that cannot be read or mapped does not stop the others. Each file is written
-    under a temporary name and renamed. progress is called after every job. Raises OSError
-    when a file cannot be written: the next one could not be either.
+    under a temporary name and renamed. progress is called after every job. Raises ValueError
+    for an unknown kind or format, and OSError when a file cannot be written: the next one could
+    not be either.
     """
+    for name, value, known in (("kind", kind, TYPES), ("file_format", file_format, FORMATS)):
+        if value not in known:
+            raise ValueError(f"{name} must be {', '.join(known)}, got {value!r}")
     batches = list(chunks(jobs, predictor.batch))
     workers, inner = share_threads(torch.get_num_threads(), len(batches))
     cores = threading.BoundedSemaphore(workers)

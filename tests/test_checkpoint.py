@@ -3,6 +3,7 @@
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -65,22 +66,26 @@ def test_no_code_is_run(tmp_path: Path) -> None:
         checkpoint.read(path)
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file may grow beyond 1000 bytes: what a full disk looks like from inside."""
+    """No file may grow beyond 1000 bytes: what a full disk looks like from inside.
+
+    Not a fixture: pytest writes its progress before it tears one down, perhaps to a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_leaves_the_older_ones(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_full_disk_leaves_the_older_ones(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, state(1))
     checkpoint.save(tmp_path, 2, state(2))
-    request.getfixturevalue("small_files")
-    with pytest.raises(OSError) as caught:
+    with small_files(), pytest.raises(OSError) as caught:
         checkpoint.save(tmp_path, 3, state(3))
     assert caught.value.filename.endswith("checkpoint-000000003.pt")
     assert sorted(path.name for path in tmp_path.iterdir()) == [

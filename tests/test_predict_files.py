@@ -102,6 +102,14 @@ def test_cutouts_and_overlays(kind: str, file_format: str, photos: Path, tmp_pat
             assert got.shape == expected.shape
 
 
+def test_unknown_kinds_and_formats(photos: Path, tmp_path: Path) -> None:
+    jobs, _ = find_jobs([photos], tmp_path / "out")
+    for arguments in (("sticker", "png"), ("mask", "jpg")):
+        with pytest.raises(ValueError, match="must be .* got '(sticker|jpg)'"):
+            predict_files(Predictor(small_model()), jobs, None, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
 def test_failures_come_in_the_order_of_the_jobs(
     photos: Path, tmp_path: Path, threads: Callable[[int], None]
 ) -> None:

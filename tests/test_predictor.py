@@ -134,7 +134,7 @@ def test_an_error_in_a_list_is_raised(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         predictor([picture(), str(tmp_path / "gone.png"), picture()])
     with pytest.raises(TypeError, match="NoneType"):
-        predictor([picture(), None])  # type: ignore[list-item]
+        predictor([picture(), None])
 
 
 def test_batch_and_pixels_are_checked(tmp_path: Path) -> None:
