@@ -194,3 +194,19 @@ def flops_weights(model: nn.Module, factor: float = 2.0) -> dict[str, list[float
         ]
         for own, name, norm in found
     }
+
+
+def parameter_groups(model: nn.Module, weight_decay: float = 5e-3) -> list[dict[str, Any]]:
+    """Parameter groups as CSNet is trained: weight decay for all but the γ under dynamic decay.
+
+    Args:
+        model: the γ of every NormAct inside an ILBlock form the second group, without decay.
+        weight_decay: of the first group; the papers: 5e-3.
+    """
+    gammas = [norm.weight for _, norm in decaying_norms(model)]
+    dynamic = {id(weight) for weight in gammas}
+    others = [p for p in model.parameters() if id(p) not in dynamic]
+    return [
+        {"params": others, "weight_decay": weight_decay},
+        {"params": gammas, "weight_decay": 0.0},
+    ]

@@ -18,6 +18,7 @@ from ._decay import (
     decay_and_adam,
     decaying_norms,
     flops_weights,
+    parameter_groups,
     per_channel,
 )
 from .nn import NormAct
@@ -417,19 +418,3 @@ def _remove(handles: list[Any]) -> None:
 
 def _holds(group: dict[str, Any], weight: Tensor) -> bool:
     return any(parameter is weight for parameter in group["params"])
-
-
-def parameter_groups(model: nn.Module, weight_decay: float = 5e-3) -> list[dict[str, Any]]:
-    """Parameter groups as CSNet is trained: weight decay for all but the γ under dynamic decay.
-
-    Args:
-        model: the γ of every NormAct inside an ILBlock form the second group, without decay.
-        weight_decay: of the first group; the papers: 5e-3.
-    """
-    gammas = [norm.weight for _, norm in decaying_norms(model)]
-    dynamic = {id(weight) for weight in gammas}
-    others = [p for p in model.parameters() if id(p) not in dynamic]
-    return [
-        {"params": others, "weight_decay": weight_decay},
-        {"params": gammas, "weight_decay": 0.0},
-    ]

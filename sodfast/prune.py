@@ -84,9 +84,8 @@ class PruneReport:
             lines.append(f"{label:13}{before[key]:>13,} → {after[key]:>13,}  ({share:.1%})")
         if any(self.stayed.values()):
             number = sum(len(channels) for channels in self.stayed.values())
-            lines.append(
-                f"{number} channels were chosen but stay: what they emit has no other place"
-            )
+            why = "what they emit has no other place" if self.mode == "exact" else "a layer's last"
+            lines.append(f"{number} channels were chosen but stay: {why}")
         return "\n".join(lines)
 
 

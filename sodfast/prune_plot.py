@@ -200,8 +200,12 @@ def draw_gammas(
             xycoords=("data", "axes fraction"), color="#d55e00", fontsize=9,
         )  # fmt: skip
     axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(lambda v, _: "0" if v <= _ZERO else f"$10^{{{v:g}}}$")
-    axes.set(xlabel="|γ|", ylabel="number of channels")
+    zeros = any(float(values.min()) == _ZERO for values in logs.values())
+    step = 5 if high - low <= 25 else 10
+    ticks = [v for v in range(-45, high + 1) if v % step == 0 and v >= low and v > _ZERO + 2]
+    axes.set_xticks([_ZERO, *ticks] if zeros else ticks)
+    axes.xaxis.set_major_formatter(lambda v, _: "0" if v == _ZERO else f"$10^{{{v:g}}}$")
+    axes.set(xlabel="|γ|", ylabel="number of γ")
     axes.legend(fontsize=9)
     _save(figure, path)
 
