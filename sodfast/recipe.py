@@ -54,14 +54,14 @@ class Recipe:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # adam, adamw
     eps: float = 1e-8  # adam, adamw
     momentum: float = 0.9  # sgd
-    weight_decay: float = 5e-3  # on everything but the γ under dynamic weight decay
+    weight_decay: float = 5e-3  # on everything but the γ under dynamic weight decay, if any are
     schedule: str = "steps"  # steps (÷ 10 at each milestone) or cosine
     milestones: list[int] = field(default_factory=lambda: [200, 250])  # epochs
     warmup_epochs: float = 0.0  # linear from 0
     final_lr: float = 0.0  # cosine ends here, as a part of lr
     finetune_lr: float = 0.0  # the fine-tuning: cosine from here to 0; 0: the schedule goes on
     # dynamic weight decay and elimination
-    lambda_d: float = 3.0  # 0: none
+    lambda_d: float = 3.0  # 0: none, the γ get the standard decay
     lambda_steps: list[list[float]] = field(default_factory=list)  # [[done, lambda_d], …]: from
     # this part of the schedule on, this lambda_d; before the first 0; empty: lambda_d always
     decay_mode: str = "coupled"  # or decoupled

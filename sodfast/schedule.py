@@ -34,7 +34,7 @@ def learning_rate(recipe: Recipe, done: float, eliminated_at: float, per_epoch: 
         passed = sum(epoch >= milestone for milestone in recipe.milestones)
         return recipe.lr * warm * 0.1**passed
     end = 1.0
-    if recipe.finetune_lr and recipe.prune and recipe.lambda_d:
+    if recipe.finetune_lr and recipe.prune:
         end = 1 - recipe.finetune_epochs / recipe.epochs  # the fine-tuning has its own
     part = min(1.0, done / end) if end > 0 else 1.0
     return recipe.lr * warm * (recipe.final_lr + (1 - recipe.final_lr) * _cosine(part))

@@ -181,7 +181,11 @@ class Trainer:
         """Makes `model` the one that is trained, with a fresh optimizer."""
         recipe = self.recipe
         self.model = model.to(self.device).train()
-        inner = make_optimizer(recipe, parameter_groups(self.model, recipe.weight_decay))
+        groups = parameter_groups(self.model, recipe.weight_decay)
+        if not recipe.lambda_d:  # standard decay: the γ are parameters like all others
+            every = list(self.model.parameters())
+            groups = [{"params": every, "weight_decay": recipe.weight_decay}]
+        inner = make_optimizer(recipe, groups)
         self.decay = None
         # Once channels are eliminated the rest is fine-tuned: nothing more shall vanish.
         if recipe.lambda_d > 0 and self.state.eliminated_at < 0:
@@ -258,7 +262,7 @@ class Trainer:
 
     def must_eliminate(self, done: float) -> bool:
         recipe = self.recipe
-        if not (recipe.prune and recipe.lambda_d) or self.state.eliminated_at >= 0:
+        if not recipe.prune or self.state.eliminated_at >= 0:
             return False
         return done >= 1 - recipe.finetune_epochs / recipe.epochs
 
@@ -336,7 +340,7 @@ class Trainer:
         self.model.train()
         if not self.launch.is_main:
             return scores
-        gammas = [] if self.decay is None else gamma_quantiles(self.model)
+        gammas = gamma_quantiles(self.model)
         if scores is not None:
             self.log.write(
                 "validation", step=self.state.step, label=label, gamma=gammas, **scores

@@ -65,7 +65,12 @@ def results(
 
 
 def gamma_quantiles(model: nn.Module) -> list[float]:
-    """Minimum, 10, 25, 50, 75, 90 % quantiles and maximum of |γ| in the ILBlocks' norms."""
+    """Minimum, 10, 25, 50, 75, 90 % quantiles and maximum of |γ| in the ILBlocks' norms.
+
+    Empty for a network without ILBlocks.
+    """
     chosen = [p.detach().abs().flatten() for p in parameter_groups(model)[1]["params"]]
+    if not chosen:
+        return []
     values = torch.cat(chosen).double().cpu().numpy()
     return [float(v) for v in np.quantile(values, (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1))]
