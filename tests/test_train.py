@@ -357,7 +357,7 @@ def test_settings_change_a_recipe() -> None:
         ("lr=0", "lr must be above 0"),
         ("epochs=0", "epochs must be at least 1, got 0"),
         ("schedule=linear", "schedule must be steps or cosine, got 'linear'"),
-        ("finetune_epochs=99", r"finetune_epochs must not exceed epochs \(20\), got 99"),
+        ("finetune_epochs=99", r"finetune_epochs must not exceed epochs \(16\), got 99"),
         ("sizes=[[2, 64]]", "sizes must be"),
         ("lambda_steps=[[0.5, -1]]", "lambda_steps must be"),
         ("ema=1.0", "ema must be from 0 to under 1"),
