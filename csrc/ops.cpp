@@ -55,6 +55,18 @@ STABLE_TORCH_LIBRARY(sodfast, m) {
       "adam_decay_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor[] means, Tensor[] factors, float strength, bool absolute, bool decoupled, float lr, float beta1, "
       "float beta2, float eps, int step) -> ()");
+
+  // x + x up(y), or without multiply x + up(y): up is bilinear to x's size.
+  m.def("scfm(Tensor x, Tensor y, bool multiply) -> Tensor");
+  // The first result, to x, is empty without multiply: it is grad itself.
+  m.def("scfm_backward(Tensor grad, Tensor x, Tensor y, bool multiply) -> (Tensor, Tensor)");
+
+  // Boundary of a soft map, thickened by a k×k max-pool; thin is 1 (z - erosion), 2 (dilation - z) or 3 (their sum).
+  m.def("boundary(Tensor z, int k, int thin) -> Tensor");
+  m.def("boundary_backward(Tensor grad, Tensor z, int k, int thin) -> Tensor");
+  // (B, 2, 3): per image, of the map and of its boundary, Σ p g, Σ p, Σ g, where p = sigmoid(logits), g = truth.
+  m.def("structure_polishing_sums(Tensor logits, Tensor truth, int k) -> Tensor");
+  m.def("structure_polishing_sums_backward(Tensor grad, Tensor logits, Tensor truth, int k) -> Tensor");
 }
 
 #define SODFAST_STRING_(x) #x

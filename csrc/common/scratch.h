@@ -1,5 +1,5 @@
-// Line buffers of one task. The memory belongs to the thread and is kept for its next task, so that a network's
-// second call allocates nothing.
+// Memory: the line buffers of one task (Scratch), and what one call needs (Heap). Scratch memory belongs to the
+// thread and is kept for its next task, so that a network's second call allocates nothing.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,9 @@
 
 namespace sodfast {
 namespace {
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 class Scratch {
  public:
@@ -70,6 +73,21 @@ class Scratch {
   }
   char* next_;
   char* end_;
+};
+
+template <class T>
+class Heap {  // memory of one call, for packed weights and partial sums
+ public:
+  explicit Heap(int64_t n) : data_(static_cast<T*>(std::malloc(static_cast<size_t>(most(n, 1)) * sizeof(T)))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Heap() { std::free(data_); }
+  Heap(const Heap&) = delete;
+  Heap& operator=(const Heap&) = delete;
+  T* data() const { return data_; }
+
+ private:
+  T* data_;
 };
 
 }  // namespace

@@ -44,4 +44,18 @@ struct DilatedShape {
   int64_t branch[max_scales][max_dilations] = {};  // output channels of one scale's branch; 0: it is absent
 };
 
+// Planes of one size. Upsampling: from (from_rows, from_cols) to (rows, cols), in either direction.
+struct ScfmShape {
+  int64_t planes = 0, rows = 0, cols = 0, from_rows = 0, from_cols = 0;
+  bool multiply = true;
+};
+
+// What makes a thin boundary of z: z - erosion, dilation - z, or dilation - erosion.
+constexpr int thin_erosion = 1, thin_dilation = 2;
+struct BoundaryShape {
+  int64_t planes = 0, rows = 0, cols = 0;
+  int64_t k = 1;  // odd, 1 to 31
+  int thin = thin_erosion;
+};
+
 }  // namespace sodfast

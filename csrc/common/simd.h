@@ -171,6 +171,23 @@ inline Vec<T> prelu(Vec<T> x, Vec<T> slope) {
   return where_greater(x, Vec<T>(T(0)), x, x * slope);
 }
 
+// The lanes p[index[0]], p[index[1]], …; each index is below `lanes`, and a whole vector at p is readable.
+#if defined(__AVX512VL__)
+inline Vec<float> permute(const float* p, const int32_t* index) {
+  return _mm512_permutexvar_ps(_mm512_loadu_si512(index), _mm512_loadu_ps(p));
+}
+#elif defined(__AVX2__)
+inline Vec<float> permute(const float* p, const int32_t* index) {
+  return _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)));
+}
+#else
+inline Vec<float> permute(const float* p, const int32_t* index) {
+  const float lane[4] = {p[index[0]], p[index[1]], p[index[2]], p[index[3]]};
+  return Vec<float>::load(lane);
+}
+#endif
+inline Vec<double> permute(const double* p, const int32_t* index) { return p[*index]; }
+
 // for_each_vector(n, f): f(x, whole) for x = 0, lanes, 2·lanes … below n; the last call may cover fewer lanes.
 // f takes (int64_t x, int64_t count): count == Vec<T>::lanes in all calls but perhaps the last.
 template <class T, class F>

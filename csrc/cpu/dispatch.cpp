@@ -18,6 +18,10 @@
   void add_goctconv_norm_act(Kernels<T>&);  \
   template <class T>                        \
   void add_decay(Kernels<T>&);              \
+  template <class T>                        \
+  void add_scfm(Kernels<T>&);               \
+  template <class T>                        \
+  void add_boundary(Kernels<T>&);           \
   }
 
 namespace sodfast {
@@ -44,6 +48,8 @@ struct Isa {
     isa::add_goctconv_dilated<T>(table);   \
     isa::add_goctconv_norm_act<T>(table);  \
     isa::add_decay<T>(table);              \
+    isa::add_scfm<T>(table);               \
+    isa::add_boundary<T>(table);           \
     return table;                          \
   }()
 

@@ -61,6 +61,20 @@ struct Kernels {
   // The same, decoupled or not, and Adam's step; only reads the gradients.
   void (*adam_decay)(const DecayLayer<T>*, int64_t layers, double lambda, bool absolute, bool decoupled,
                      const AdamStep&);
+
+  // out = x + x up(y) or x + up(y), up bilinear; x, out: [planes, rows, cols], y: [planes, from_rows, from_cols].
+  void (*scfm)(const ScfmShape&, const T* x, const T* y, T* out, const Parallel&);
+  // gx and gy from g, the gradient of out; without multiply gx is g itself and not written.
+  void (*scfm_backward)(const ScfmShape&, const T* g, const T* x, const T* y, T* gx, T* gy, const Parallel&);
+
+  // The thickened boundary of every plane of z, and the gradient to z from g, that of the result.
+  void (*boundary)(const BoundaryShape&, const T* z, T* out, const Parallel&);
+  void (*boundary_backward)(const BoundaryShape&, const T* g, const T* z, T* gz, const Parallel&);
+  // sums: [planes, 2, 3], of p = sigmoid(logits) and of the boundaries of p and truth: Σ p g, Σ p, Σ g.
+  void (*structure_polishing_sums)(const BoundaryShape&, const T* logits, const T* truth, T* sums, const Parallel&);
+  // The gradient to the logits from g, that of the sums.
+  void (*structure_polishing_sums_backward)(const BoundaryShape&, const T* g, const T* logits, const T* truth,
+                                            T* glogits, const Parallel&);
 };
 
 template <class T>

@@ -28,5 +28,9 @@ template <class T>
 void add_goctconv_norm_act(Kernels<T>&);
 template <class T>
 void add_decay(Kernels<T>&);
+template <class T>
+void add_scfm(Kernels<T>&);
+template <class T>
+void add_boundary(Kernels<T>&);
 }  // namespace SODFAST_ISA
 }  // namespace sodfast

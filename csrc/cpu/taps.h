@@ -7,8 +7,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 
 #include "common/parallel.h"
 #include "common/scratch.h"
@@ -20,9 +18,6 @@ namespace {
 
 constexpr int64_t band_bytes = 384 << 10;  // line buffers of a task: well within L2
 constexpr int64_t tasks_wanted = 8;        // bands are split until there are as many tasks
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Rows per band: as many as fit, a multiple of `unit`, and not so many that threads stay idle.
 inline int64_t band_rows(int64_t height, int64_t bytes_per_row, int64_t batch, int64_t unit) {
@@ -103,21 +98,6 @@ struct Taps {
       for (int64_t kx = 0; kx < kernel; ++kx) *taps++ = p + ky * step.y * pitch() + kx * step.x;
     return taps;
   }
-};
-
-template <class T>
-class Heap {  // memory of one call, for packed weights and partial sums
- public:
-  explicit Heap(int64_t n) : data_(static_cast<T*>(std::malloc(static_cast<size_t>(most(n, 1)) * sizeof(T)))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  ~Heap() { std::free(data_); }
-  Heap(const Heap&) = delete;
-  Heap& operator=(const Heap&) = delete;
-  T* data() const { return data_; }
-
- private:
-  T* data_;
 };
 
 // Sums of a weight gradient in a fixed number of parts, so that the result does not depend on the threads:

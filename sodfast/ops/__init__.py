@@ -1,9 +1,15 @@
-"""The ops as functions: a list with one tensor per scale in, a list out.
+"""The ops as functions: those of goctconv take a list with one tensor per scale and return one.
 
 Each runs on a compiled kernel where one serves the device and dtype, and on its reference in
 plain torch otherwise; see :func:`sodfast.use_backend` and :func:`sodfast.info`.
 """
 
+from .boundary import (
+    boundary,
+    boundary_reference,
+    structure_polishing_sums,
+    structure_polishing_sums_reference,
+)
 from .decay import adam_decay_, adam_decay_reference_, decay_, decay_reference_
 from .goctconv import goctconv, goctconv_reference
 from .goctconv_depthwise import goctconv_depthwise, goctconv_depthwise_reference
@@ -14,10 +20,13 @@ from .goctconv_norm_act import (
     goctconv_update_stats_,
     goctconv_update_stats_reference_,
 )
+from .scfm import scfm, scfm_reference
 
 __all__ = [
     "adam_decay_",
     "adam_decay_reference_",
+    "boundary",
+    "boundary_reference",
     "decay_",
     "decay_reference_",
     "goctconv",
@@ -30,4 +39,8 @@ __all__ = [
     "goctconv_reference",
     "goctconv_update_stats_",
     "goctconv_update_stats_reference_",
+    "scfm",
+    "scfm_reference",
+    "structure_polishing_sums",
+    "structure_polishing_sums_reference",
 ]

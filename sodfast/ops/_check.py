@@ -19,15 +19,8 @@ def scales(xs: Sequence[Tensor], name: str = "xs") -> list[Tensor]:
     if not 1 <= len(xs) <= MAX_SCALES:
         raise ValueError(f"{name} must hold 1 to {MAX_SCALES} scales, not {len(xs)}")
     for i, x in enumerate(xs):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}[{i}] must be a tensor, not {type(x).__name__}")
-        if x.dim() != 4:
-            raise ValueError(f"{name}[{i}] must be (B, C, H, W), not {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}[{i}] must be floating point, not {x.dtype}")
+        maps(x, f"{name}[{i}]")
     batch, _, height, width = xs[0].shape
-    if height < 1 or width < 1:
-        raise ValueError(f"{name}[0] has an empty size: {height}x{width}")
     for i, x in enumerate(xs[1:], start=1):
         same_place(x, f"{name}[{i}]", xs[0], f"{name}[0]")
         if x.shape[0] != batch:
@@ -38,6 +31,18 @@ def scales(xs: Sequence[Tensor], name: str = "xs") -> list[Tensor]:
                 f"size of scale 0, {height}x{width}, divided by {1 << i}"
             )
     return list(xs)
+
+
+def maps(x: Tensor, name: str) -> None:
+    """Check that a single argument is (B, C, H, W), floating point and not empty in H and W."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be (B, C, H, W), not {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, not {x.dtype}")
+    if x.shape[2] < 1 or x.shape[3] < 1:
+        raise ValueError(f"{name} has an empty size: {x.shape[2]}x{x.shape[3]}")
 
 
 def same_place(x: Tensor, name: str, like: Tensor, like_name: str) -> None:
