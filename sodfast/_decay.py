@@ -196,17 +196,54 @@ def flops_weights(model: nn.Module, factor: float = 2.0) -> dict[str, list[float
     }
 
 
-def parameter_groups(model: nn.Module, weight_decay: float = 5e-3) -> list[dict[str, Any]]:
-    """Parameter groups as CSNet is trained: weight decay for all but the γ under dynamic decay.
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float = 5e-3,
+    encoder_lr: float = 1.0,
+    encoder_norm_decay: bool = True,
+) -> list[dict[str, Any]]:
+    """Parameter groups as the papers train: which weights decay, and how fast an encoder learns.
 
     Args:
-        model: the γ of every NormAct inside an ILBlock form the second group, without decay.
-        weight_decay: of the first group; the papers: 5e-3.
+        model: the γ of every NormAct inside an ILBlock, which dynamic weight decay acts on, form
+            the second group, without decay.
+        weight_decay: of all others. CSNet: 5e-3; KD-SCFNet: 5e-4.
+        encoder_lr: of ``model.encoder``, where there is one, as a part of the learning rate; it
+            stands in the group's "lr_scale". KD-SCFNet: 0.1.
+        encoder_norm_decay: whether the encoder's batch norms decay too. KD-SCFNet: no.
+
+    Returns:
+        Two groups; with encoder_lr or encoder_norm_decay set, two more: the encoder's norms, and
+        its other parameters.
+
+    Raises:
+        ValueError: encoder_lr or encoder_norm_decay is set, but the model has no encoder.
     """
     gammas = [norm.weight for _, norm in decaying_norms(model)]
-    dynamic = {id(weight) for weight in gammas}
-    others = [p for p in model.parameters() if id(p) not in dynamic]
+    known = {id(weight) for weight in gammas}
+    extra: list[dict[str, Any]] = []
+    if encoder_lr != 1.0 or not encoder_norm_decay:
+        encoder = getattr(model, "encoder", None)
+        if not isinstance(encoder, nn.Module):
+            raise ValueError("encoder_lr and encoder_norm_decay need a model with an encoder")
+        norms = [
+            p for module in encoder.modules() if isinstance(module, _NORMS)
+            for p in module.parameters()
+        ]  # fmt: skip
+        of_norms = {id(p) for p in norms}
+        convolutions = [p for p in encoder.parameters() if id(p) not in of_norms]
+        decays = weight_decay if encoder_norm_decay else 0.0
+        extra = [
+            {"params": norms, "weight_decay": decays, "lr_scale": encoder_lr},
+            {"params": convolutions, "weight_decay": weight_decay, "lr_scale": encoder_lr},
+        ]
+        known |= {id(p) for p in encoder.parameters()}
+    others = [p for p in model.parameters() if id(p) not in known]
     return [
         {"params": others, "weight_decay": weight_decay},
         {"params": gammas, "weight_decay": 0.0},
+        *extra,
     ]
+
+
+_NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, NormAct)

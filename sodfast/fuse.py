@@ -1,6 +1,7 @@
 """The inference form of a network: batch normalisation folded, PReLU as an epilogue."""
 
 import copy
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -14,21 +15,27 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Every convolution named in a module's ``fusable_pairs`` takes over the batch normalisation
     (folded in float64, as variances are near 1e-4), the weight gain and the PReLU of its
-    :class:`~sodfast.nn.NormAct`. The result is a copy in eval mode without state: several
-    threads may call it. It cannot be trained further; fuse again after training.
+    :class:`~sodfast.nn.NormAct`. So does every Conv2d with a BatchNorm2d, where
+    ``fusable_pairs`` names them or a Sequential has one after the other. The result is a copy
+    in eval mode without state: several threads may call it. It cannot be trained further; fuse
+    again after training.
 
     Args:
-        model: any module; what has no ``fusable_pairs`` stays as it is.
+        model: any module; what has no such pairs stays as it is.
 
     Raises:
         TypeError: a pair names something that cannot be fused.
     """
     fused = copy.deepcopy(model).eval()
     for module in list(fused.modules()):
-        for conv_name, norm_name in getattr(module, "fusable_pairs", ()):
+        for conv_name, norm_name in _pairs(module):
             conv = module if conv_name == "self" else getattr(module, conv_name)
             norm = getattr(module, norm_name)
             if isinstance(norm, nn.Identity):  # fused before
+                continue
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                _fold_batch_norm(conv, norm)
+                setattr(module, norm_name, nn.Identity())
                 continue
             if not isinstance(norm, NormAct) or not isinstance(
                 conv, (GOctConv, SimplifiedGOctConv, DilatedBank)
@@ -40,6 +47,36 @@ def fuse(model: nn.Module) -> nn.Module:
             _fold(conv, norm)
             setattr(module, norm_name, nn.Identity())
     return fused.requires_grad_(False)
+
+
+def _pairs(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    """The names of convolutions in a module and of the norms that follow them."""
+    if not isinstance(module, nn.Sequential):
+        return tuple(getattr(module, "fusable_pairs", ()))
+    named = list(module.named_children())
+    return tuple(
+        (conv_name, norm_name)
+        for (conv_name, conv), (norm_name, norm) in pairwise(named)
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    )
+
+
+@torch.no_grad()
+def _fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    """Moves γ (W x + b − μ) / sqrt(σ² + ε) + β into the convolution."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise TypeError("a BatchNorm2d without running statistics cannot be fused")
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.affine:
+        scale *= norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    if norm.affine:
+        shift += norm.bias.double()
+    if conv.bias is not None:
+        shift += conv.bias.double() * scale
+    weight = conv.weight
+    weight.copy_(flush_denormals(weight.double() * scale.view(-1, 1, 1, 1)))
+    conv.bias = nn.Parameter(flush_denormals(shift).to(weight.dtype))
 
 
 @torch.no_grad()

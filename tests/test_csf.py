@@ -112,7 +112,10 @@ def test_fused_form_is_equal(model, backend, device):
     assert not any(isinstance(module, sodfast.nn.NormAct) for module in fused.modules())
     expected = model(image)
     assert expected.std() > 0
-    assert (fused(image) - expected).abs().max() <= 5e-5 * expected.abs().max()
+    # The deep encoder with fresh weights enlarges every rounding; the algebra shows in float64.
+    assert (fused(image) - expected).abs().max() <= 1e-3 * expected.abs().max()
+    exact = model.double()(image.double())
+    torch.testing.assert_close(sodfast.fuse(model)(image.double()), exact, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()

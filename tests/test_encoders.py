@@ -12,8 +12,12 @@ from torch import nn
 
 import sodfast
 from sodfast.models import load_encoder_weights
+from sodfast.models.encoder_names import their_names
+from sodfast.models.encoders import make_encoder
+from sodfast.models.mobilenet_v3 import MobileNetV3Large
 from sodfast.models.res2net import Res2Net50
 from sodfast.models.resnet import ResNet50
+from sodfast.models.vgg import VGG
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "encoders.json").read_text())
 
@@ -146,7 +150,7 @@ def test_pretrained_weights_load(encoder_class, form, suffix, dropped, state_of,
     with torch.device("meta"):
         encoder = encoder_class()
     encoder.to_empty(device="cpu")
-    assert load_encoder_weights(encoder, path) == dropped
+    assert sorted(load_encoder_weights(encoder, path)) == sorted(dropped)
     for name, x in encoder.state_dict().items():
         if x.is_floating_point():
             assert x.dtype == torch.float32
@@ -265,3 +269,121 @@ def test_files_that_cannot_be_read(tiny, name, write, message, tmp_path):
 def test_missing_file(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         load_encoder_weights(tiny[0], tmp_path / "nowhere.pth")
+
+
+# ------------------------------------------------------ VGG, MobileNetV3, backbones of transformers
+
+
+def test_vgg_in_torchvision_naming(tmp_path):
+    with torch.device("meta"):
+        names = VGG(16).state_dict()
+    # Where torchvision's vgg16 has its convolutions.
+    places = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    assert list(names) == [f"features.{n}.{leaf}" for n in places for leaf in ("weight", "bias")]
+    state = {name: torch.full(x.shape, n / 8) for n, (name, x) in enumerate(names.items())}
+    head = {"classifier.0.weight": torch.zeros(4, 4), "classifier.6.bias": torch.zeros(4)}
+    torch.save(state | head, tmp_path / "vgg.pth")
+    encoder = VGG(16)
+    assert sorted(load_encoder_weights(encoder, tmp_path / "vgg.pth")) == sorted(head)
+    assert all(torch.equal(x, state[name]) for name, x in encoder.state_dict().items())
+
+
+# Their name, our name and the shape, as they stand in the files that are published.
+MOBILENET = {
+    "torchvision": [
+        ("features.0.0.weight", "stem.0.weight", (16, 3, 3, 3)),
+        ("features.1.block.0.0.weight", "units.0.depthwise.0.weight", (16, 1, 3, 3)),
+        ("features.1.block.1.1.running_var", "units.0.project.1.running_var", (16,)),
+        ("features.2.block.0.0.weight", "units.1.expand.0.weight", (64, 16, 1, 1)),
+        ("features.4.block.1.0.weight", "units.3.depthwise.0.weight", (72, 1, 5, 5)),
+        ("features.4.block.2.fc1.weight", "units.3.squeeze.reduce.weight", (24, 72, 1, 1)),
+        ("features.4.block.2.fc2.bias", "units.3.squeeze.expand.bias", (72,)),
+        ("features.7.block.2.0.weight", "units.6.project.0.weight", (80, 240, 1, 1)),
+        ("features.15.block.3.0.weight", "units.14.project.0.weight", (160, 960, 1, 1)),
+    ],
+    "timm": [
+        ("conv_stem.weight", "stem.0.weight", (16, 3, 3, 3)),
+        ("bn1.running_mean", "stem.1.running_mean", (16,)),
+        ("blocks.0.0.conv_dw.weight", "units.0.depthwise.0.weight", (16, 1, 3, 3)),
+        ("blocks.0.0.conv_pw.weight", "units.0.project.0.weight", (16, 16, 1, 1)),
+        ("blocks.0.0.bn2.weight", "units.0.project.1.weight", (16,)),
+        ("blocks.1.0.conv_pw.weight", "units.1.expand.0.weight", (64, 16, 1, 1)),
+        ("blocks.2.0.se.conv_reduce.weight", "units.3.squeeze.reduce.weight", (24, 72, 1, 1)),
+        ("blocks.3.3.conv_dw.weight", "units.9.depthwise.0.weight", (184, 1, 3, 3)),
+        ("blocks.4.1.conv_pwl.weight", "units.11.project.0.weight", (112, 672, 1, 1)),
+        ("blocks.5.2.bn3.bias", "units.14.project.1.bias", (160,)),
+    ],
+    "paddle": [
+        ("conv.conv.weight", "stem.0.weight", (16, 3, 3, 3)),
+        ("conv.bn._mean", "stem.1.running_mean", (16,)),
+        ("blocks.0.expand_conv.conv.weight", "units.0.expand.0.weight", (16, 16, 1, 1)),
+        ("blocks.3.mid_se.conv1.weight", "units.3.squeeze.reduce.weight", (18, 72, 1, 1)),
+        ("blocks.14.linear_conv.bn._variance", "units.14.project.1.running_var", (160,)),
+    ],
+}
+MOBILENET_HEADS = {
+    "torchvision": ["features.16.0.weight", "classifier.0.weight", "classifier.3.bias"],
+    "timm": ["blocks.6.0.conv.weight", "conv_head.weight", "classifier.bias"],
+    "paddle": ["last_second_conv.conv.weight", "last_conv.weight", "fc.bias"],
+}
+
+
+@pytest.mark.parametrize("naming", MOBILENET)
+def test_mobilenet_in_every_naming(naming, tmp_path):
+    encoder = MobileNetV3Large(1.0, "paddle" if naming == "paddle" else "torchvision")
+    own = encoder.state_dict()
+    marker = {MOBILENET[naming][0][0]: 0, MOBILENET[naming][1][0]: 0, MOBILENET[naming][2][0]: 0}
+    names = their_names(encoder, marker)
+    for their_name, name, shape in MOBILENET[naming]:
+        assert names[name] == their_name
+        assert tuple(own[name].shape) == shape
+    assert len(set(names.values())) == len(own)  # no two go to the same
+    state = {
+        names[name]: torch.full_like(x, n / 8) for n, (name, x) in enumerate(own.items())
+        if x.is_floating_point()
+    }  # fmt: skip
+    head = dict.fromkeys(MOBILENET_HEADS[naming], torch.zeros(1))
+    torch.save(state | head, tmp_path / "weights.pth")
+    assert load_encoder_weights(encoder, tmp_path / "weights.pth") == list(head)
+    for name, x in encoder.state_dict().items():
+        if x.is_floating_point():
+            assert torch.equal(x, state[names[name]]), name
+
+
+def test_the_two_forms_of_mobilenet_do_not_mix(tmp_path):
+    """The other form's file is refused with what differs, instead of loading half of it."""
+    other = MobileNetV3Large(1.0, "torchvision")
+    names = their_names(other, {"features.1.block.0.0.weight": 0})
+    torch.save({names[n]: x for n, x in other.state_dict().items()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="not the weights of MobileNetV3Large; .*different: "):
+        load_encoder_weights(MobileNetV3Large(1.0, "paddle"), tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("of", ["classifier", "backbone"])
+def test_transformers_weights(of, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.SwinConfig(
+        embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 2], window_size=4, num_labels=3,
+        image_size=256, out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    kind = "SwinForImageClassification" if of == "classifier" else "SwinBackbone"
+    theirs = getattr(transformers, kind)(config).eval()
+    torch.save(theirs.state_dict(), tmp_path / "swin.bin")
+    settings = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2], "window_size": 4}
+    encoder = make_encoder("swin", config=settings).eval()
+    dropped = load_encoder_weights(encoder, tmp_path / "swin.bin")
+    image = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        ours = encoder(image)
+        if of == "backbone":
+            assert not any(name.startswith("classifier") for name in dropped)
+            expected = theirs(image).feature_maps
+            assert all(torch.equal(a, b) for a, b in zip(ours, expected))
+        else:
+            assert "classifier.weight" in dropped
+            # The features before the norms that a classifier does not have.
+            states = theirs(image, output_hidden_states=True).reshaped_hidden_states
+            norm = torch.nn.functional.layer_norm(
+                states[-1].permute(0, 2, 3, 1), (64,)
+            ).permute(0, 3, 1, 2)  # fmt: skip
+            torch.testing.assert_close(ours[-1], norm)

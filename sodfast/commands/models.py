@@ -17,12 +17,12 @@ def run(arguments: argparse.Namespace) -> int:
     from ..models import count, create_model
     from ..models.registry import VARIANTS
 
-    print(f"{'model':11}{'configuration':21}{'parameters':>12}{'conv MACs':>12}{'paper MACC':>12}")
+    print(f"{'model':13}{'configuration':31}{'parameters':>12}{'conv MACs':>12}{'paper MACC':>12}")
     for name, configuration in VARIANTS:
         with torch.device("meta"):  # shapes are enough
             counts = count(create_model(name, **configuration))
         print(
-            f"{name:11}{_words(configuration):21}{counts['params']:>12,}"
+            f"{name:13}{_words(configuration):31}{counts['params']:>12,}"
             f"{counts['conv_macs'] / 1e9:>10.4f} G{counts['paper_macs'] / 1e9:>10.4f} G"
         )
     print(

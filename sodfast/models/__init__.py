@@ -6,11 +6,14 @@ from .csnet import CSNet
 from .encoder_weights import load_encoder_weights
 from .extractor import Extractor, Vanilla
 from .registry import create_model, list_models
+from .scfnet import SCFNet, SCFNetBase
 
 __all__ = [
     "CSF",
     "CSNet",
     "Extractor",
+    "SCFNet",
+    "SCFNetBase",
     "Vanilla",
     "count",
     "create_model",

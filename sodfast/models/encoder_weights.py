@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from sodfast.weights import flush_denormals
 
-from .resnet import ResNet50
+from .encoder_names import surplus, their_names
 
 _LISTED = 20  # names in an error message
 
-# The classifier: torchvision's and timm's name, transformers' name.
-_CLASSIFIER = ("fc.weight", "fc.bias", "classifier.1.weight", "classifier.1.bias")
+# What a file may lack: batch counters, which are not used here; and of transformers' backbones
+# the norms of the features, which their classifiers do not have and which stay fresh.
+_OPTIONAL = ("num_batches_tracked", "hidden_states_norms", "relative_position_index")
 
 logger = logging.getLogger(__name__)
 
@@ -26,18 +27,27 @@ def load_encoder_weights(encoder: nn.Module, path: str | os.PathLike[str]) -> li
     """Fill an encoder with pretrained weights, all of them or none.
 
     Args:
-        encoder: the ``encoder`` of a CSF model, ResNet-50 or Res2Net-50.
-        path: a local .safetensors, .pth, .pt or .bin file, a state dict in the naming of
-            torchvision or timm (``layer1.0.conv1.weight``) or, for ResNet-50, transformers
-            (``encoder.stages.0.layers.0.layer.0.convolution.weight``, with or without
-            ``resnet.`` before it). Pickled files are read with ``weights_only=True``; a state
-            dict inside ``{"state_dict": …}`` and names that all begin with ``module.`` are
-            understood. Res2Net-50 is the "v1b" form, timm's res2net50d.
+        encoder: of :func:`sodfast.models.encoders.make_encoder`, for example the ``encoder`` of
+            a CSF or SCFNet model.
+        path: a local .safetensors, .pth, .pt or .bin file with a state dict. Pickled files are
+            read with ``weights_only=True``; a state dict inside ``{"state_dict": …}`` and names
+            that all begin with ``module.`` are understood. The names are those of
+
+            - ResNet-50: torchvision, timm (``layer1.0.conv1.weight``) or transformers
+              (``encoder.stages.0.layers.0.layer.0.convolution.weight``, with or without
+              ``resnet.`` before it);
+            - Res2Net-50: timm's res2net50d, the "v1b" form;
+            - VGG: torchvision or timm, without batch normalisation;
+            - MobileNetV3 in the form "torchvision": torchvision's mobilenet_v3_large or timm's
+              mobilenetv3_large_100; in the form "paddle" PaddleClas's names
+              (``blocks.0.expand_conv.conv.weight``). The two forms are different networks, see
+              :class:`~sodfast.models.mobilenet_v3.MobileNetV3Large`;
+            - a backbone of transformers: transformers, of the backbone or the classifier.
 
     Returns:
         The names that were left out: the classifier's, which an encoder does not have. They
-        are logged too. (Batch counters, which some files lack, are not used here and start at
-        0.)
+        are logged too. Batch counters, which some files lack, are not used here and start at
+        0; norms of the features that only transformers' backbones have stay as they are.
 
     Raises:
         FileNotFoundError: no such file.
@@ -47,17 +57,15 @@ def load_encoder_weights(encoder: nn.Module, path: str | os.PathLike[str]) -> li
     """
     path = Path(path)
     given = _read(path)
-    dropped = [name for name in _CLASSIFIER if name in given]
+    dropped = surplus(encoder, given)
     state = {name: tensor for name, tensor in given.items() if name not in dropped}
     wanted = encoder.state_dict()
-    theirs = {name: name for name in wanted}
-    if isinstance(encoder, ResNet50):
-        theirs = _theirs(state, wanted)
+    theirs = their_names(encoder, state)
     problems = []
     missing = [
         theirs[name]
         for name in wanted
-        if theirs[name] not in state and not name.endswith("num_batches_tracked")
+        if theirs[name] not in state and not any(word in name for word in _OPTIONAL)
     ]
     if missing:
         problems.append(f"missing: {_listing(missing)}")
@@ -69,7 +77,8 @@ def load_encoder_weights(encoder: nn.Module, path: str | os.PathLike[str]) -> li
     for name, ours in wanted.items():
         tensor = state.get(theirs[name])
         if tensor is None:
-            ready[name] = torch.zeros_like(ours)  # a batch counter, or already a problem
+            # Or already a problem.
+            ready[name] = torch.zeros_like(ours) if name.endswith(_OPTIONAL[0]) else ours
         elif tensor.shape != ours.shape or tensor.is_floating_point() != ours.is_floating_point():
             wrong.append(f"{theirs[name]} is {_kind(tensor)}, the encoder's {_kind(ours)}")
         else:
@@ -118,30 +127,6 @@ def _read(path: Path) -> dict[str, Tensor]:
     if all(name.startswith("module.") for name in given):
         return {name.removeprefix("module."): tensor for name, tensor in given.items()}
     return dict(given)
-
-
-def _theirs(state: Mapping[str, Tensor], names: Mapping[str, Any]) -> dict[str, str]:
-    """For every name of our ResNet-50, which is torchvision's and timm's, the file's."""
-    for prefix in ("", "resnet."):
-        if f"{prefix}embedder.embedder.convolution.weight" in state:
-            return {name: prefix + _transformers_name(name) for name in names}
-    return {name: name for name in names}
-
-
-def _transformers_name(name: str) -> str:
-    """conv1.weight, layer2.0.bn3.bias, layer2.0.downsample.1.bias … in transformers' words."""
-    *place, module, leaf = name.split(".")
-    if not place:
-        kind = "convolution" if module == "conv1" else "normalization"
-        return f"embedder.embedder.{kind}.{leaf}"
-    layer, block = int(place[0].removeprefix("layer")) - 1, place[1]
-    if place[2:] == ["downsample"]:
-        kind = "convolution" if module == "0" else "normalization"
-        part = f"shortcut.{kind}"
-    else:
-        kind = "convolution" if module.startswith("conv") else "normalization"
-        part = f"layer.{int(module[-1]) - 1}.{kind}"
-    return f"encoder.stages.{layer}.layers.{block}.{part}.{leaf}"
 
 
 def _kind(tensor: Tensor) -> str:

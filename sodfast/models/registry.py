@@ -9,9 +9,10 @@ from torch import nn
 from .csf import CSF
 from .csnet import FUSED_CHOICES, FUSED_STAGES, CSNet
 from .extractor import Extractor, Vanilla
+from .scfnet import SCFNet, SCFNetBase
 
 _MODELS: dict[str, type[nn.Module]] = {
-    model.name: model for model in (CSNet, Extractor, Vanilla, CSF)
+    model.name: model for model in (CSNet, Extractor, Vanilla, CSF, SCFNet, SCFNetBase)
 }
 
 _SPLITS = ((1, 0), (3, 1), (1, 1), (1, 3), (0, 1))
@@ -25,6 +26,10 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("vanilla", {"split": (1, 1)}),
     ("csf", {"encoder": "resnet50"}),
     ("csf", {"encoder": "res2net50"}),
+    ("scfnet", {"encoder": "mobilenet_v3_large_050"}),
+    ("scfnet", {"encoder": "resnet50"}),
+    ("scfnet", {"encoder": "vgg16"}),
+    ("scfnet-base", {"encoder": "mobilenet_v3_large_050"}),
 )
 
 

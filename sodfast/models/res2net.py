@@ -18,6 +18,8 @@ class Res2Bottleneck(nn.Module):
     first block of a layer nothing is added, and the last group is average-pooled instead.
     """
 
+    fusable_pairs = (("conv1", "bn1"), ("conv3", "bn3"))
+
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
         out_channels = 4 * width

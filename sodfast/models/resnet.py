@@ -14,6 +14,8 @@ class Bottleneck(nn.Module):
     that of the first 1x1).
     """
 
+    fusable_pairs = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
         out_channels = 4 * width
@@ -50,6 +52,8 @@ class Encoder(nn.Module):
     H/4, W/4), (B, 512, H/8, W/8), (B, 1024, H/16, W/16), (B, 2048, H/32, W/32).
     """
 
+    channels = ENCODER_CHANNELS
+
     def __init__(self, stem: nn.Module, block_class: type[nn.Module]) -> None:
         super().__init__()
         self.conv1 = stem
@@ -78,6 +82,8 @@ class Encoder(nn.Module):
 
 class ResNet50(Encoder):
     """ResNet-50 without its classifier; 23,508,032 parameters. Shape: see :class:`Encoder`."""
+
+    fusable_pairs = (("conv1", "bn1"),)
 
     def __init__(self, in_channels: int = 3) -> None:
         super().__init__(nn.Conv2d(in_channels, 64, 7, 2, padding=3, bias=False), Bottleneck)
