@@ -27,6 +27,7 @@ _SUBCOMMANDS = (
     "commands.prune",
     "commands.models",
     "commands.train",
+    "commands.distill",
     "commands.data",
     "commands.info",
 )

@@ -34,6 +34,7 @@ class Recipe:
     size: int = 224  # side of the square that the network sees, pixels
     sizes: list[list[float]] = field(default_factory=list)  # [[done, side], …] while it trains:
     # from this part of the schedule on, this side; before the first, and when empty: size
+    random_sizes: list[int] = field(default_factory=list)  # or one of these sides per step
     cache_size: int = 0  # side of the decoded squares that crops are taken from; 0: size
     # how long
     epochs: int = 300  # all, those of the fine-tuning included
@@ -46,8 +47,22 @@ class Recipe:
     crop: float = 15 / 224  # up to this part is cut from each side
     horizontal_flip: float = 0.5  # probabilities
     vertical_flip: float = 0.0
+    blur: float = 0.0  # probability
+    brightness: float = 0.0  # up to this part darker or brighter, see data.augment.draw_colour
     held_out: float = 0.05  # part of the training set that only validation sees
     seed: int = 1  # of initialisation, data order and augmentation
+    # loss
+    loss: str = "bce"  # bce, dice or sp (Dice of the map and of its boundary)
+    boundary: str = "paper"  # sp: thickness of the boundaries over the training, see
+    # sodfast.nn.ProgressiveBoundary: its schedule paper or code, or always this number of pixels
+    boundary_weight: float = 1.0  # sp: of the boundary's part
+    # distillation (sodfast distill)
+    teach: str = "online"  # the teacher sees the augmented batch; or offline: weak labels are
+    # written once
+    distill_loss: str = "dice"  # bce, dice or sp: of the unlabelled pictures
+    distill_weight: float = 1.0  # of that loss, beside the labelled pictures' loss
+    distill_threshold: float = 0.0  # the teacher's map is 1 above this, else 0; 0: it stays soft
+    unlabelled_part: float = 0.5  # of a batch, where there are labelled pictures too
     # optimizer
     optimizer: str = "adam"  # adam, adamw or sgd
     lr: float = 1e-4
@@ -55,9 +70,12 @@ class Recipe:
     eps: float = 1e-8  # adam, adamw
     momentum: float = 0.9  # sgd
     weight_decay: float = 5e-3  # on everything but the γ under dynamic weight decay, if any are
-    schedule: str = "steps"  # steps (÷ 10 at each milestone) or cosine
+    encoder_lr: float = 1.0  # of an encoder, as a part of lr
+    encoder_norm_decay: bool = True  # whether weight_decay acts on the encoder's norms too
+    schedule: str = "steps"  # steps (÷ 10 at each milestone), cosine, or warmup_cosine (linear
+    # from final_lr to lr, then the cosine back to it; the others warm up from 0)
     milestones: list[int] = field(default_factory=lambda: [200, 250])  # epochs
-    warmup_epochs: float = 0.0  # linear from 0
+    warmup_epochs: float = 0.0
     final_lr: float = 0.0  # cosine ends here, as a part of lr
     finetune_lr: float = 0.0  # the fine-tuning: cosine from here to 0; 0: the schedule goes on
     # dynamic weight decay and elimination
@@ -96,6 +114,19 @@ class Recipe:
                 f"finetune_epochs must not exceed epochs ({self.epochs}), "
                 f"got {self.finetune_epochs}"
             )
+        for name in ("distill_threshold", "unlabelled_part"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be from 0 to under 1, got {getattr(self, name)}")
+        if self.boundary not in ("paper", "code") and self.boundary not in _THICKNESSES:
+            raise ValueError(
+                "boundary must be paper, code, or an odd number of pixels from 1 to 31, "
+                f"got {self.boundary!r}"
+            )
+        if self.sizes and self.random_sizes:
+            raise ValueError("sizes and random_sizes cannot both be given")
+        for side in self.random_sizes:
+            if type(side) is not int or side < 1:
+                raise ValueError(f"random_sizes must be whole numbers above 0, got {side!r}")
         for entry in self.lambda_steps:
             if len(entry) != 2 or not 0 <= entry[0] <= 1 or entry[1] < 0:
                 raise ValueError(
@@ -110,15 +141,20 @@ class Recipe:
         return asdict(self)
 
 
+_THICKNESSES = tuple(str(k) for k in range(1, 32, 2))
 _SMALLEST = {
     "size": 16, "cache_size": 0, "epochs": 1, "finetune_epochs": 0, "max_minutes": 0,
     "batch_size": 1, "accumulate": 1, "eps": 0, "momentum": 0, "weight_decay": 0,
-    "warmup_epochs": 0, "final_lr": 0, "finetune_lr": 0, "lambda_d": 0, "prune_threshold": 0,
+    "warmup_epochs": 0, "boundary_weight": 0, "distill_weight": 0, "encoder_lr": 0,
+    "final_lr": 0, "finetune_lr": 0, "lambda_d": 0, "prune_threshold": 0,
     "validate_every": 1, "checkpoint_every": 1, "log_every": 1,
 }  # fmt: skip
 _CHOICES = {
     "optimizer": ("adam", "adamw", "sgd"),
-    "schedule": ("steps", "cosine"),
+    "schedule": ("steps", "cosine", "warmup_cosine"),
+    "loss": ("bce", "dice", "sp"),
+    "distill_loss": ("bce", "dice", "sp"),
+    "teach": ("online", "offline"),
     "decay_mode": ("coupled", "decoupled"),
     "prune_mode": ("paper", "exact"),
     "precision": ("float32", "bfloat16", "float16"),

@@ -172,7 +172,7 @@ def draw_curves(folder: str | os.PathLike[str]) -> Path | None:
     cut = [entry["step"] for entry in read_log(folder, "eliminate")]
     figure = Figure(figsize=(11, 7), layout="constrained")
     loss, rate, score, gamma = figure.subplots(2, 2).flat
-    for axes, name, label in ((loss, "loss", "training loss (BCE)"), (rate, "lr", "learning rate")):
+    for axes, name, label in ((loss, "loss", "training loss"), (rate, "lr", "learning rate")):
         axes.plot([e["step"] for e in steps], [e[name] for e in steps])
         axes.set(xlabel="step", ylabel=label)
     for name, label in (("max_f", "max-F (SalMetric)"), ("mae", "MAE")):

@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
+from .data.augment import uniform
 from .recipe import Recipe
+
+_SIZE_STREAM = 0x73697A65  # so that these random numbers are not the augmentation's
 
 __all__ = ["check_sizes", "decay_strength", "image_size", "learning_rate", "make_optimizer"]
 
@@ -27,6 +31,13 @@ def learning_rate(recipe: Recipe, done: float, eliminated_at: float, per_epoch: 
         # A fresh optimizer knows no gradient's size yet: a short start from 0.
         return recipe.finetune_lr * min(1.0, (local + 1e-3) / 0.05) * _cosine(local)
     epoch = done * recipe.epochs
+    if recipe.schedule == "warmup_cosine":
+        end = recipe.warmup_epochs
+        if epoch < end:
+            part = epoch / end
+            return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * part)
+        falling = _cosine((epoch - end) / max(recipe.epochs - end, 1e-9))
+        return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * falling)
     warm = 1.0
     if recipe.warmup_epochs:
         warm = min(1.0, (epoch + 1 / per_epoch) / recipe.warmup_epochs)
@@ -44,15 +55,21 @@ def _cosine(part: float) -> float:
     return (1 + math.cos(math.pi * min(max(part, 0.0), 1.0))) / 2
 
 
-def image_size(recipe: Recipe, done: float) -> int:
-    """The side that a training step uses: small first, where the recipe says so."""
+def image_size(recipe: Recipe, done: float, step: int = 0) -> int:
+    """The side that a training step uses: small first, or any of some, where the recipe says so.
+
+    step: number of the step; which of `random_sizes` it gets depends on it and the seed alone.
+    """
+    if recipe.random_sizes:
+        drawn = uniform(recipe.seed ^ _SIZE_STREAM, 0, np.array([step]), 1).item()
+        return recipe.random_sizes[int(drawn * len(recipe.random_sizes))]
     sides = [int(side) for start, side in sorted(recipe.sizes) if done >= start]
     return sides[-1] if sides else recipe.size
 
 
 def check_sizes(recipe: Recipe, multiple: int) -> None:
     """Raises ValueError for a picture size that the network does not take."""
-    for side in (recipe.size, *(int(side) for _, side in recipe.sizes)):
+    for side in (recipe.size, *(int(side) for _, side in recipe.sizes), *recipe.random_sizes):
         if side % multiple:
             below = side // multiple * multiple
             near = " and ".join(str(n) for n in (below, below + multiple) if n)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import os
 import time
@@ -19,22 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 from . import checkpoint
-from .data.batches import Batches, hold_out
-from .data.cache import Cache, open_data
 from .launch import Launch
 from .models import count, create_model
+from .objective import Objective
 from .optim import DynamicWeightDecay, parameter_groups
 from .prune import prune
 from .recipe import Recipe
 from .runlog import Losses, NotFinite, RunLog, draw_curves, environment
 from .schedule import check_sizes, decay_strength, image_size, learning_rate, make_optimizer
+from .sources import Sources, open_sources
 from .validation import gamma_quantiles, results, validate
 from .weights import atomic_write, load, save
 
@@ -47,7 +44,7 @@ class TrainingError(RuntimeError):
 
 def train(
     recipe: Recipe,
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | None,
     run: str | os.PathLike[str],
     val: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -56,6 +53,8 @@ def train(
     cache_folder: str | os.PathLike[str] | None = None,
     skip_bad: bool = False,
     progress: bool = True,
+    teacher: str | os.PathLike[str] | None = None,
+    images: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Trains one network and returns the table of results (also RUN/results.json).
 
@@ -66,6 +65,7 @@ def train(
     set) instead of a held-out part of `data`. resume: go on from the last checkpoint in
     `run`. init: start from these weights, in their configuration. device: None takes a GPU
     where there is one. cache_folder, skip_bad: see `sodfast.data.cache.build_cache`.
+    teacher, images: see `sodfast.distill.distill`; data may then be None.
 
     Raises ValueError and FileNotFoundError for what is wrong with the arguments or the data,
     TrainingError for a loss that is not finite or a full disk.
@@ -77,13 +77,10 @@ def train(
             if not resume and checkpoint.list_checkpoints(run):
                 raise ValueError(f"{run} holds a run already: --resume goes on with it")
             checkpoint.clean(run)
-        side = recipe.cache_size or recipe.size
-        with trainer.launch.main_first():  # one process decodes, the others open what it wrote
-            cache = open_data(data, side, cache_folder, skip_bad, progress)
-            separate = None
-            if val is not None:
-                separate = open_data(val, side, cache_folder, skip_bad, progress)
-        trainer.start(cache, separate, init)
+        sources = open_sources(
+            recipe, trainer.launch, data, val, images, teacher, cache_folder, skip_bad, progress
+        )
+        trainer.start(sources, init)
         try:
             trainer.loop()
             return trainer.finish()
@@ -116,6 +113,7 @@ class Trainer:
         self.launch = Launch(recipe.precision, device)
         self.device = self.launch.device
         self.state = State()
+        self.objective = Objective(recipe)
         self.log = RunLog(run, active=False)
         self.drawn = time.monotonic()
         # Reading a loss makes a GPU wait, so there it is done for several at once.
@@ -123,20 +121,18 @@ class Trainer:
 
     # ---- beginning and resuming ----------------------------------------------------------------
 
-    def start(
-        self, cache: Cache, separate: Cache | None, init: str | os.PathLike[str] | None
-    ) -> None:
-        """Everything before the first step; separate: the validation pairs of a folder."""
+    def start(self, sources: Sources, init: str | os.PathLike[str] | None) -> None:
+        """Everything before the first step."""
         recipe = self.recipe
-        rows, held = hold_out(cache.names, recipe.held_out if separate is None else 0.0)
-        self.held = (cache, held) if separate is None else (separate, np.arange(len(separate)))
-        names = hashlib.sha256("\n".join(cache.names[row] for row in rows).encode()).hexdigest()
+        rows, self.held = sources.split(recipe.held_out)
+        names = sources.identity(rows)
         torch.manual_seed(recipe.seed)
         found = checkpoint.latest(self.run) if self.resume else None
         if found is not None:
             path, saved, complaints = found
-            if saved["recipe"] != recipe.as_dict():
-                changed = [k for k, v in recipe.as_dict().items() if saved["recipe"].get(k) != v]
+            then = {**Recipe().as_dict(), **saved["recipe"]}  # a setting may be younger than it
+            changed = [key for key, value in recipe.as_dict().items() if then[key] != value]
+            if changed:
                 raise ValueError(f"{path}: the run had another recipe; differs: {changed}")
             if saved["names"] != names:
                 raise ValueError(f"{path}: the run was trained on other pictures than these")
@@ -150,11 +146,7 @@ class Trainer:
         self.names = names
         pre: dict[str, Any] = model.preprocessing  # type: ignore[assignment]
         pre["size"] = [recipe.size, recipe.size]  # travels with the weights
-        self.batches = Batches(
-            cache, rows, recipe.batch_size, recipe.seed, pre["mean"], pre["std"], recipe.crop,
-            recipe.horizontal_flip, recipe.vertical_flip, self.device, self.launch.rank,
-            self.launch.world,
-        )  # fmt: skip
+        self.batches = sources.batches(rows, recipe, pre, self.device, self.launch)
         self.steps_per_epoch = self.batches.per_epoch // recipe.accumulate
         if self.steps_per_epoch == 0:
             raise ValueError(
@@ -170,8 +162,9 @@ class Trainer:
         self.log.write(
             "start", recipe=recipe.as_dict(), environment=environment(), device=str(self.device),
             processes=self.launch.world, seed=recipe.seed, training=len(rows), step=self.state.step,
-            validation=len(self.held[1]), bad=cache.bad, steps=self.total_steps,
-            params=count(self.model)["params"],
+            validation=len(self.held[1]), bad=sources.bad, steps=self.total_steps,
+            params=count(self.model)["params"], taught=len(sources.unlabelled or ()),
+            teacher=None if sources.teacher is None else sources.teacher.identity,
         )  # fmt: skip
         if found is not None:
             self.log.write("resume", step=self.state.step, checkpoint=path.name, damaged=complaints)
@@ -181,8 +174,12 @@ class Trainer:
         """Makes `model` the one that is trained, with a fresh optimizer."""
         recipe = self.recipe
         self.model = model.to(self.device).train()
-        groups = parameter_groups(self.model, recipe.weight_decay)
-        if not recipe.lambda_d:  # standard decay: the γ are parameters like all others
+        groups = parameter_groups(
+            self.model, recipe.weight_decay, recipe.encoder_lr, recipe.encoder_norm_decay
+        )
+        if (
+            not recipe.lambda_d and len(groups) == 2
+        ):  # standard decay: the γ are parameters like all others
             every = list(self.model.parameters())
             groups = [{"params": every, "weight_decay": recipe.weight_decay}]
         inner = make_optimizer(recipe, groups)
@@ -208,17 +205,17 @@ class Trainer:
                 self.eliminate(done)
             rate = learning_rate(recipe, done, state.eliminated_at, self.steps_per_epoch)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("lr_scale", 1.0)
             if self.decay is not None:
                 self.decay.lambda_d = decay_strength(recipe, done)
-            size = image_size(recipe, done)
+            size = image_size(recipe, done, state.step)
             self.optimizer.zero_grad()
             for part in range(recipe.accumulate):
                 number = state.step * recipe.accumulate + part
                 x, truth = self.batches.get(number, size)
                 with self.launch.autocast():
-                    logits = self.parallel(x)
-                loss = F.binary_cross_entropy_with_logits(logits.float(), truth)
+                    output = self.parallel(x)
+                loss = self.objective(output, truth, self.batches.labelled, done)
                 self.losses.add(number, loss)
                 if self.losses.due:
                     self.read_losses(size)
@@ -234,6 +231,7 @@ class Trainer:
                 self.log.write(
                     "step", step=state.step, epoch=state.step / self.steps_per_epoch, done=done,
                     loss=self.launch.mean(state.loss), lr=rate, size=size,
+                    boundary=self.objective.boundary(done),
                     seconds=round(self.seconds(), 2),
                     penalty=None if self.decay is None else float(self.decay.penalty()),
                 )  # fmt: skip

@@ -18,6 +18,12 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="the name of one, or a .toml file")
     parser.add_argument("--data", required=True, metavar="DIR", help="images and masks to learn")
+    add_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What training and distilling have in common."""
     parser.add_argument(
         "--val", metavar="DIR", help="validate on these, not on a held-out part of --data"
     )
@@ -32,7 +38,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out bad pairs instead of refusing them"
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,12 +55,17 @@ def run(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     except (ImportError, OSError, TrainingError, ValueError) as error:
         raise WorkError(error) from error
+    print_table(table, recipe.size, arguments.output)
+    return 0
+
+
+def print_table(table: dict[str, Any], size: int, folder: str) -> None:
+    """Prints what `sodfast.train.train` returned."""
     if table:
-        print(f"{'':10}{'parameters':>12}{'conv MACs':>12}{'max-F':>8}{'MAE':>8}  {recipe.size}²")
+        print(f"{'':10}{'parameters':>12}{'conv MACs':>12}{'max-F':>8}{'MAE':>8}  {size}²")
     for label, row in table.items():
         scores = "".join(f"{row[k]:>8.4f}" if k in row else f"{'':>8}" for k in ("max_f", "mae"))
         print(
             f"{label:10}{row['params']:>12,}{row['conv_macs'] / 1e9:>10.4f} G{scores}  "
-            f"{arguments.output}/{row['file']}"
+            f"{folder}/{row['file']}"
         )
-    return 0

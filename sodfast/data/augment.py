@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["augment", "draw", "uniform"]
+__all__ = ["augment", "draw", "draw_colour", "uniform"]
 
 
 def uniform(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
@@ -67,6 +67,41 @@ def draw(
     return theta.astype(np.float32)
 
 
+def draw_colour(
+    seed: int, epoch: int, indices: np.ndarray, blur: float = 0.0, brightness: float = 0.0
+) -> np.ndarray:
+    """What happens to the colours of a batch: (B, 3) float32 of blur's side, factor and shift.
+
+    blur: probability of a Gaussian blur with a side of 3, 5, 7 or 9 pixels; a side of 0 stands
+    for none. brightness: b multiplies 8-bit values by 1 − b … 1 + b and adds −30 b … 30 b
+    (KD-SCFNet: 0.5). Raises ValueError outside their ranges.
+    """
+    for name, value in (("blur", blur), ("brightness", brightness)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, got {value}")
+    u = uniform(seed, epoch, indices, 10)[:, 6:]  # the first six belong to `draw`
+    side = np.where(u[:, 0] < blur, 3 + 2 * np.floor(4 * u[:, 1]), 0)
+    factor = 1 + brightness * (2 * u[:, 2] - 1)
+    shift = np.floor(30 * brightness * (2 * u[:, 3] - 1))
+    return np.stack([side, factor, shift], 1).astype(np.float32)
+
+
+def _blurred(images: Tensor, sides: np.ndarray) -> Tensor:
+    """Gaussian blur of (B, 3, S, S), each with its own window; 0 leaves a picture as it is."""
+    images = images.clone()
+    for number in np.flatnonzero(sides):
+        side = int(sides[number])
+        sigma = 0.3 * ((side - 1) / 2 - 1) + 0.8  # OpenCV's for a window of this side
+        taps = torch.arange(side, dtype=torch.float32, device=images.device) - side // 2
+        taps = torch.exp(-(taps**2) / (2 * sigma**2))
+        taps = (taps / taps.sum()).expand(3, 1, 1, side)
+        half = side // 2
+        one = F.pad(images[number : number + 1], [half] * 4, mode="reflect")
+        one = F.conv2d(F.conv2d(one, taps, groups=3), taps.transpose(2, 3), groups=3)
+        images[number] = one[0]
+    return images
+
+
 def augment(
     images: Tensor,  # (B, S, S, 3) uint8
     masks: Tensor,  # (B, S, S) uint8, 0–255
@@ -74,13 +109,20 @@ def augment(
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
+    colour: np.ndarray | None = None,  # (B, 3) float32, from `draw_colour`
 ) -> tuple[Tensor, Tensor]:
-    """Crop, flip, resize (bilinear, no antialiasing) and normalise on the tensors' device.
+    """Blur, brighten, crop, flip, resize (bilinear, no antialiasing) and normalise on the
+    tensors' device.
 
     Returns the network's input (B, 3, size, size) float32 and the truth (B, 1, size, size)
     in 0–1, which is soft along edges.
     """
     both = torch.cat([images, masks[..., None]], dim=3).permute(0, 3, 1, 2)
+    if colour is not None:
+        both = both.to(torch.float32)
+        factor, shift = torch.from_numpy(colour[:, 1:]).to(both.device).T.view(2, -1, 1, 1, 1)
+        pictures = _blurred(both[:, :3], colour[:, 0]).mul_(factor).add_(shift).clamp_(0, 255)
+        both = torch.cat([pictures, both[:, 3:]], dim=1)
     grid = F.affine_grid(theta, [len(images), 4, size, size], align_corners=False)
     both = F.grid_sample(
         both.to(torch.float32), grid, "bilinear", padding_mode="border", align_corners=False

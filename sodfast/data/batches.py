@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .augment import augment, draw, uniform
+from .augment import augment, draw, draw_colour, uniform
 from .cache import Cache
 
 __all__ = ["Batches", "hold_out"]
@@ -36,8 +36,9 @@ class Batches:
     """The training batches of one process.
 
     cache: decoded pairs. rows: which of them to train on. batch_size: of all processes
-    together. seed: of order and augmentation. mean, std: normalisation. rank, world: this
-    process and how many there are; a process takes every world-th row of each batch.
+    together. seed: of order and augmentation. mean, std: normalisation. crop, flips: see
+    `augment.draw`; blur, brightness: see `augment.draw_colour`. rank, world: this process and
+    how many there are; a process takes every world-th row of each batch.
     Raises ValueError where the batch does not divide, or there are too few rows for one.
 
     On a GPU the whole cache is put into its memory where it fits in half of what is free;
@@ -58,6 +59,8 @@ class Batches:
         device: torch.device | str = "cpu",
         rank: int = 0,
         world: int = 1,
+        blur: float = 0.0,
+        brightness: float = 0.0,
     ) -> None:
         if batch_size % world:
             raise ValueError(f"batch_size {batch_size} must be a multiple of {world} processes")
@@ -66,7 +69,9 @@ class Batches:
         self.cache, self.rows, self.batch_size, self.seed = cache, rows, batch_size, seed
         self.mean, self.std = mean, std
         self.crop, self.flips = crop, (horizontal_flip, vertical_flip)
+        self.colours = (blur, brightness)
         self.device, self.rank, self.world = torch.device(device), rank, world
+        self.labelled = batch_size // world  # how many of a batch have ground truth: all
         self.per_epoch = len(rows) // batch_size  # an incomplete last batch is left out
         self._order: tuple[int, np.ndarray] = (-1, rows)
         self._on_device = self._upload()
@@ -95,7 +100,8 @@ class Batches:
         images, masks = self._rows(number, mine)
         theta = draw(self.seed, epoch, mine, self.crop, *self.flips)
         moved = torch.from_numpy(theta).to(self.device)
-        batch = augment(images, masks, moved, size, self.mean, self.std)
+        colour = draw_colour(self.seed, epoch, mine, *self.colours) if any(self.colours) else None
+        batch = augment(images, masks, moved, size, self.mean, self.std, colour)
         self._prefetch(number + 1)
         return batch
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from ..preprocess import read_image
 from ..weights import atomic_write
-from .folders import Pair, find_data
+from .folders import Pair, Unlabelled, find_data, find_images
 
-__all__ = ["BadPairs", "Cache", "build_cache", "default_folder", "open_data"]
+__all__ = ["BadPairs", "Cache", "build_cache", "default_folder", "open_data", "open_images"]
 
 _FORMAT = 1
 
@@ -43,13 +43,15 @@ class BadPairs(ValueError):
 
 @dataclass(frozen=True)
 class Cache:
-    """Decoded pairs. images (N, S, S, 3) uint8 RGB, masks (N, S, S) uint8 0–255, both memory
-    maps; names: N stems, in the order of the rows; bad: name to reason for pairs left out."""
+    """Decoded pairs. images (N, S, S, 3) uint8 RGB, masks (N, S, S) uint8 0–255 (0 where there
+    is no ground truth), both memory maps; names: N stems, in the order of the rows; bad: name
+    to reason for pairs left out; place: the files' common path without ending."""
 
     images: np.ndarray
     masks: np.ndarray
     names: list[str]
     bad: dict[str, str]
+    place: Path
 
     def __len__(self) -> int:
         return len(self.names)
@@ -69,7 +71,7 @@ def default_folder() -> Path:
 
 
 def build_cache(
-    pairs: Sequence[Pair],
+    pairs: Sequence[Pair] | Sequence[Unlabelled],
     size: int,
     folder: str | os.PathLike[str] | None = None,
     workers: int | None = None,
@@ -78,11 +80,11 @@ def build_cache(
 ) -> Cache:
     """Opens the cache of `pairs` at `size`, building it first where it is missing or stale.
 
-    pairs: from `find_pairs`. size: side of the squares in pixels; pictures are squeezed to
-    them as the network's preprocessing does (bilinear, without antialiasing). folder: where
-    caches live; None takes `default_folder()`. workers: decoding threads, None: all cores.
-    skip_bad: leave out pairs that cannot be decoded or whose sizes differ, instead of
-    refusing. Raises BadPairs (a ValueError) that lists them, OSError when the disk is full.
+    pairs: from `find_pairs` or `find_images`. size: side of the squares in pixels; pictures are
+    squeezed to them as the network's preprocessing does (bilinear, without antialiasing).
+    folder: where caches live; None takes `default_folder()`. workers: decoding threads, None:
+    all cores. skip_bad: leave out pairs that cannot be decoded or whose sizes differ, instead
+    of refusing. Raises BadPairs (a ValueError) that lists them, OSError when the disk is full.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
@@ -91,7 +93,8 @@ def build_cache(
     folder = Path(folder) if folder is not None else default_folder()
     signature = [_stamp(pair) for pair in pairs]
     places = json.dumps([_FORMAT, size, sorted(str(pair.image.absolute()) for pair in pairs)])
-    place = folder / f"pairs-{size}-{hashlib.sha256(places.encode()).hexdigest()[:16]}"
+    kind = "pairs" if pairs[0].mask is not None else "images"
+    place = folder / f"{kind}-{size}-{hashlib.sha256(places.encode()).hexdigest()[:16]}"
     cache = _open(place, signature, size)
     if cache is None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,11 +132,27 @@ def open_data(
     return cache
 
 
-def _stamp(pair: Pair) -> list[str | int]:
-    image, mask = pair.image.stat(), pair.mask.stat()
-    return [
-        pair.name, image.st_size, image.st_mtime_ns, mask.st_size, mask.st_mtime_ns
-    ]  # fmt: skip
+def open_images(
+    source: str | os.PathLike[str],
+    size: int,
+    folder: str | os.PathLike[str] | None = None,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> Cache:
+    """The cache of all pictures that `folders.find_images` finds in `source`, masks all 0.
+
+    Other arguments, and errors, as of `build_cache`; also what `find_images` raises.
+    """
+    return build_cache(find_images(source), size, folder, None, skip_bad, progress)
+
+
+def _stamp(pair: Pair | Unlabelled) -> list[str | int]:
+    stamp: list[str | int] = [pair.name]
+    for path in (pair.image, pair.mask):
+        if path is not None:
+            status = path.stat()
+            stamp += [status.st_size, status.st_mtime_ns]
+    return stamp
 
 
 def _open(place: Path, signature: list[list[str | int]], size: int) -> Cache | None:
@@ -160,13 +179,13 @@ def _open(place: Path, signature: list[list[str | int]], size: int) -> Cache | N
     names = [str(entry[0]) for entry in signature]
     if bad:  # rare: a copy in memory without the bad rows is simplest
         names = [name for name in names if name not in bad]
-        return Cache(image_map[keep], mask_map[keep], names, bad)
-    return Cache(image_map, mask_map, names, bad)
+        return Cache(image_map[keep], mask_map[keep], names, bad, place.with_name(stem))
+    return Cache(image_map, mask_map, names, bad, place.with_name(stem))
 
 
 def _build(
     place: Path,
-    pairs: Sequence[Pair],
+    pairs: Sequence[Pair] | Sequence[Unlabelled],
     signature: list[list[str | int]],
     size: int,
     workers: int | None,
@@ -193,7 +212,8 @@ def _build(
                 return
             # Written, not mapped: a full disk is then an error, where a map would crash.
             _write(image_file.fileno(), image, number * rows * 3)
-            _write(mask_file.fileno(), mask, number * rows)
+            if mask is not None:
+                _write(mask_file.fileno(), mask, number * rows)
 
         jobs = pool.map(decode, range(count))
         for _ in tqdm(jobs, total=count, unit="pair", desc="decode", disable=not progress or None):
@@ -210,9 +230,12 @@ def _write(descriptor: int, array: np.ndarray, offset: int) -> None:
         data, offset = data[done:], offset + done
 
 
-def _decode(pair: Pair, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _decode(pair: Pair | Unlabelled, size: int) -> tuple[np.ndarray, np.ndarray | None]:
     """(S, S, 3) and (S, S) uint8. Raises ValueError or OSError that says what is wrong."""
-    image, mask = read_image(pair.image), read_image(pair.mask)[:, :, 0]
+    image = read_image(pair.image)
+    if pair.mask is None:
+        return _squeeze(image, size), None
+    mask = read_image(pair.mask)[:, :, 0]
     if image.shape[:2] != mask.shape:
         raise ValueError(
             f"the image is {image.shape[1]}x{image.shape[0]}, "

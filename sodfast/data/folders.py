@@ -25,7 +25,9 @@ from pathlib import Path
 __all__ = [
     "DataFolder",
     "Pair",
+    "Unlabelled",
     "find_data",
+    "find_images",
     "find_pairs",
     "find_truths",
     "picture_files",
@@ -60,6 +62,15 @@ class Pair:
     image: Path
     mask: Path
     depth: Path | None = None
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """One picture without ground truth; name: as of :class:`Pair`."""
+
+    name: str
+    image: Path
+    mask: None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,42 @@ def find_data(
         first = f"; {found.problems[0]}" if found.problems else ""
         raise ValueError(f"{root}: no image has a mask of the same name{first}")
     return found
+
+
+def find_images(source: str | os.PathLike[str]) -> list[Unlabelled]:
+    """Pictures to learn from without ground truth, sorted by name.
+
+    source: a folder, with everything below it (of a data set as for `find_data` its images
+    alone); or a text file with the path of a picture per line, relative to itself.
+
+    Raises FileNotFoundError, and ValueError where there are no pictures, two share a name, or
+    a line names none.
+    """
+    root = Path(source)
+    if not root.exists():
+        raise FileNotFoundError(f"no such folder of images: {root}")
+    if root.is_file():
+        files = []
+        for number, line in read_names(root):
+            path = root.parent / line
+            if not path.is_file():
+                raise ValueError(f"{root}, line {number}: {path} does not exist")
+            files.append((Path(line).with_suffix("").as_posix(), path))
+    else:
+        places = _layout(root)
+        files = list(picture_files(places["image"] if places is not None else root))
+        if places is not None and places["mask"] == places["image"]:
+            # Side by side: the mask was compressed without loss.
+            files = [(name, path) for name, path in files if path.suffix.lower() not in _LOSSLESS]
+    if not files:
+        raise ValueError(f"{root}: no pictures found")
+    found: dict[str, Unlabelled] = {}
+    for name, path in files:
+        if name in found:
+            first = found[name].image
+            raise ValueError(f"{root}: two pictures are named {name!r}: {first} and {path}")
+        found[name] = Unlabelled(name, path)
+    return [found[name] for name in sorted(found)]
 
 
 def find_truths(folder: str | os.PathLike[str]) -> tuple[dict[str, Path], dict[str, Path]]:
