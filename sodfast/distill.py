@@ -23,6 +23,7 @@ from tqdm import tqdm
 from .data.augment import augment
 from .data.batches import Batches
 from .data.cache import Cache
+from .fuse import fuse
 from .launch import Launch
 from .recipe import Recipe
 from .weights import atomic_write, load
@@ -62,7 +63,7 @@ class Teacher:
     """
 
     def __init__(self, weights: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
-        self.model: nn.Module = load(weights).to(device).requires_grad_(False)
+        self.model: nn.Module = fuse(load(weights)).to(device)
         self.identity = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
         self.preprocessing: dict[str, Any] = self.model.preprocessing  # type: ignore[assignment]
         self.multiple = int(getattr(self.model, "size_multiple", 1))
@@ -140,7 +141,7 @@ def _label(teacher: Teacher, cache: Cache, rows: range, size: int) -> np.ndarray
     pre, found = teacher.preprocessing, []
     for start in range(rows.start, rows.stop, 16):
         some = slice(start, min(start + 16, rows.stop))
-        images = torch.from_numpy(cache.images[some]).to(device)
+        images = torch.from_numpy(np.array(cache.images[some])).to(device)
         whole = torch.eye(2, 3, device=device).expand(len(images), 2, 3)
         x, _ = augment(images, images[..., 0], whole, size, pre["mean"], pre["std"])
         maps = _resize(teacher(x), (cache.size, cache.size))
