@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
 from sodfast.data import cache as cache_module
-from sodfast.data.augment import augment, draw, uniform
+from sodfast.data.augment import augment, draw, draw_colour, uniform
 from sodfast.data.batches import Batches, hold_out
 from sodfast.data.cache import BadPairs, build_cache, open_data
 from sodfast.data.folders import find_pairs
@@ -125,6 +126,54 @@ def test_crops_stay_inside_and_differ() -> None:
         assert abs(cut.mean() - 15 / 448) < 0.002
     assert abs((theta[:, 0, 0] < 0).mean() - 0.5) < 0.05
     assert np.all(theta[:, 1, 1] > 0)  # no vertical flip was asked for
+
+
+def test_blur_and_brightness_change_the_picture_alone() -> None:
+    torch.manual_seed(0)
+    images = torch.randint(60, 180, (40, 24, 24, 3), dtype=torch.uint8)
+    masks = torch.randint(0, 256, (40, 24, 24), dtype=torch.uint8)
+    whole = torch.eye(2, 3).expand(40, 2, 3)
+
+    def seen(colour: np.ndarray) -> torch.Tensor:
+        x, truth = augment(images, masks, whole, 24, **PLAIN, colour=colour)
+        assert torch.allclose(truth[:, 0], masks.float() / 255, atol=1e-5)
+        return x.permute(0, 2, 3, 1) * 255
+
+    bright = draw_colour(1, 2, np.arange(40), brightness=0.5)
+    assert not bright[:, 0].any()
+    factor, shift = (torch.from_numpy(bright[:, n]).view(-1, 1, 1, 1) for n in (1, 2))
+    wanted = (images.float() * factor + shift).clamp(0, 255)
+    assert torch.allclose(seen(bright), wanted, atol=1e-2)
+
+    blurred = draw_colour(1, 2, np.arange(40), blur=0.5)
+    found = seen(blurred)
+    some = blurred[:, 0] > 0
+    assert 8 < some.sum() < 32
+    assert torch.allclose(found[~some], images[~some].float(), atol=1e-2)
+    for number in np.flatnonzero(some):
+        sigma, half = 0.3 * ((blurred[number, 0] - 1) / 2 - 1) + 0.8, int(blurred[number, 0]) // 2
+        # scipy's is the same Gaussian: cut off at half a window, mirrored at the edge pixel
+        wanted_one = ndimage.gaussian_filter(
+            images[number].numpy().astype(float), (sigma, sigma, 0), mode="mirror",
+            truncate=(half + 0.1) / sigma,
+        )  # fmt: skip
+        assert np.abs(found[number].numpy() - wanted_one).max() < 0.01
+
+
+def test_colours_are_drawn_as_documented() -> None:
+    drawn = draw_colour(3, 1, np.arange(20_000), blur=0.1, brightness=0.5)
+    sides, numbers = np.unique(drawn[:, 0], return_counts=True)
+    assert sides.tolist() == [0, 3, 5, 7, 9]
+    assert numbers[1:] / len(drawn) == pytest.approx([0.025] * 4, abs=0.005)
+    assert drawn[:, 1].min() == pytest.approx(0.5, abs=0.01)
+    assert drawn[:, 1].max() == pytest.approx(1.5, abs=0.01)
+    assert set(drawn[:, 2]) == set(range(-15, 15))
+    # Independent of where a picture is cut, and of which others are in the batch.
+    again = draw_colour(3, 1, np.array([7]), blur=0.1, brightness=0.5)
+    assert np.array_equal(again[0], drawn[7])
+    for bad in ({"blur": 1.5}, {"brightness": -0.1}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be from 0 to 1"):
+            draw_colour(1, 0, np.arange(2), **bad)
 
 
 def test_draws_depend_on_seed_epoch_and_index_only() -> None:

@@ -50,6 +50,12 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not missing, f"{page.name} links to files that are not there: {missing}"
 
 
+def test_distill_page_runs() -> None:
+    names = run(ROOT / "docs" / "distill.md")
+    assert names["epoch"] == names["epochs"] - 1 == 2  # type: ignore[operator]
+    assert names["structure_polishing"].k == 5  # type: ignore[attr-defined]
+
+
 def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
     from PIL import Image

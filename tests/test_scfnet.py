@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from command_line import run as command
 from torch import nn
 from torch.nn import functional as F
 
 import sodfast
+from sodfast.data.synth import write_scenes
 from sodfast.models.encoders import make_encoder
 from sodfast.models.mobilenet_v3 import MobileNetV3Large
 from sodfast.models.vgg import VGG
@@ -244,6 +246,23 @@ def test_predicts_pictures(model):
         model(torch.zeros(1, 3, 48, 64))
     assert model.preprocessing["size"] == [352, 352]
     assert model.preprocessing["mean"][0] * 255 == pytest.approx(124.55)
+
+
+def test_commands_take_it(model, tmp_path, capsys):
+    """predict and eval on a weight file of every kind."""
+    write_scenes(tmp_path / "set", 2, seed=3, size=40)
+    sodfast.save(model, tmp_path / "weights.safetensors")
+    weights = ("--weights", tmp_path / "weights.safetensors", "--size", 64)
+    status, _, err = command(
+        capsys, "predict", tmp_path / "set" / "images", "-o", tmp_path / "maps", *weights
+    )
+    assert status == 0, err
+    assert len(list((tmp_path / "maps").glob("*.png"))) == 2
+    status, out, err = command(
+        capsys, "eval", *weights, "--data", tmp_path / "set", "--no-speed", "--json"
+    )
+    assert status == 0, err
+    assert "mae" in out.lower()
 
 
 @torch.no_grad()
