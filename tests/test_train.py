@@ -315,13 +315,14 @@ def test_it_learns(scenes: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", list_recipes())
 def test_recipes_load_and_name_their_paper(name: str) -> None:
     recipe = load_recipe(name)
-    assert "CSNet" in recipe.paper
+    assert "CSNet" in recipe.paper or "SCFNet" in recipe.paper
     with torch.device("meta"):
         sodfast.create_model(recipe.model, **recipe.config)
 
 
 def test_the_recipes_that_must_be_there() -> None:
     assert {"csnet", "csnet-tpami", "csnet-fast"} <= set(list_recipes())
+    assert {"fs-scfnet", "scfnet-r50", "kd-scfnet", "kd-csnet"} <= set(list_recipes())
     paper = load_recipe("csnet")
     assert (paper.lr, paper.betas, paper.batch_size, paper.epochs) == (1e-4, [0.9, 0.99], 24, 300)
     assert (paper.lambda_d, paper.weight_decay, paper.milestones) == (3.0, 5e-3, [200, 250])
