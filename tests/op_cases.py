@@ -300,7 +300,9 @@ def assert_registered(name: str, arguments: tuple) -> None:
     trained = (
         name in ("goctconv", "goctconv_depthwise", "goctconv_dilated") and arguments[3] is None
     )
-    if trained or name == "goctconv_norm_act":
+    if name == "structure_polishing_sums":  # only its first argument has a gradient
+        arguments = (arguments[0].detach().requires_grad_(), *arguments[1:])
+    elif trained or name in ("goctconv_norm_act", "scfm", "boundary"):
         arguments = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), arguments)
     torch.library.opcheck(op.default, arguments)
 

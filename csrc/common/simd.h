@@ -206,6 +206,12 @@ inline void store(Vec<T> v, T* p, int64_t count) {
   count == Vec<T>::lanes ? v.store(p) : v.store(p, count);
 }
 
+// Asks for a row that will be wanted soon. Short rows among many buffers escape the hardware's prefetching.
+template <class T>
+inline void prefetch_row(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
+}
+
 // Registers decide the tile of a convolution: `outs` output channels times `vectors(outs)` vectors along the row.
 struct Tile {
 #if defined(__AVX512VL__)

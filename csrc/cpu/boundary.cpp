@@ -26,6 +26,13 @@ void for_each_part(const BoundaryShape& shape, int64_t work_per_row, const Paral
   });
 }
 
+// Called when row y of the result is at hand: the row of the argument that will be wanted after the next.
+template <class T>
+void prefetch_ahead(const BoundaryShape& shape, const T* plane, int64_t y) {
+  y += shape.k / 2 + 3;
+  if (y < shape.rows) prefetch_row(plane + y * shape.cols, shape.cols);
+}
+
 template <class T>
 void boundary(const BoundaryShape& shape, const T* z, T* out, const Parallel& parallel) {
   const LineShape line = LineShape::of<T>(shape.cols);
@@ -48,8 +55,12 @@ void boundary_backward(const BoundaryShape& shape, const T* g, const T* z, T* gz
     Scratch scratch(BoundaryBack<T>::bytes(shape, line));
     BoundaryBack<T> rows(shape, line, begin, end, scratch);
     const int64_t start = plane * shape.rows * shape.cols;
-    rows.run([&](int64_t y) { return z + start + y * shape.cols; },
-             [&](int64_t y) { return g + start + y * shape.cols; },
+    const auto grad = [&](int64_t y) {
+      prefetch_ahead(shape, z + start, y);
+      if (y + 2 < shape.rows) prefetch_row(g + start + (y + 2) * shape.cols, shape.cols);
+      return g + start + y * shape.cols;
+    };
+    rows.run([&](int64_t y) { return z + start + y * shape.cols; }, grad,
              [&](int64_t y, int64_t x, int64_t count, Vec<T> v) { store(v, gz + start + y * shape.cols + x, count); });
   });
 }
@@ -112,6 +123,7 @@ void structure_polishing_sums(const BoundaryShape& shape, const T* logits, const
     const auto truth_row = [&](int64_t y) { return truth + start + y * cols; };
     for (int64_t y = begin; y < end; ++y) {
       RowSums<T> whole, edge;
+      prefetch_ahead(shape, logits + start, y), prefetch_ahead(shape, truth + start, y);
       of_truth.row(y, truth_row, [&](int64_t x, Vec<T> v) { v.store(truth_line + x); });
       of_map.row(y, map_row, [&](int64_t x, Vec<T> v) {
         const int64_t count = least(Vec<T>::lanes, cols - x);
@@ -149,6 +161,7 @@ void structure_polishing_sums_backward(const BoundaryShape& shape, const T* g, c
     const auto map_row = [&](int64_t y) { return map(y); };
     const auto truth_row = [&](int64_t y) { return truth + start + y * cols; };
     const auto edge_grad = [&](int64_t y) {
+      prefetch_ahead(shape, logits + start, y), prefetch_ahead(shape, truth + start, y);
       of_truth.row(y, truth_row, [&](int64_t x, Vec<T> v) { fma(edge_pg, v, edge_p).store(grad_line + x); });
       return grad_line;
     };

@@ -2,8 +2,8 @@
 //
 //   t = z − erode₃(z)   or   dilate₃(z) − z   or   dilate₃(z) − erode₃(z)         b = max-pool_k(t)
 //
-// Both are maxima of keys (common/keys.h): erode₃(z) = −max₃(−z), and t, never negative, is its own key. A row of z
-// is read twice on the way to b and twice more on the way back; everything between stays in line buffers.
+// Both are maxima of keys (common/keys.h): erode₃(z) = −max₃(−z), and t, never negative, is its own key. Nothing but
+// line buffers lies between z and b, or between their gradients.
 // z comes from a callable: source(y) is row y, `cols` values.
 #pragma once
 
@@ -26,14 +26,13 @@ class ThinRows {
       : shape_(shape),
         rows_(boundary.rows),
         next_(most(0, first - 1)) {
-    keys_ = scratch.take<T>(shape.pitch) + LineShape::margin;
-    fill(keys_ - LineShape::margin, lowest_key<T>(), shape.pitch);
-    eroded_ = scratch.take<T>(shape.pitch);
+    keys_ = take_lines(scratch, shape, 1, lowest_key<T>());
+    if (history > 0) eroded_ = take_lines(scratch, shape, 1, T(0)), dilated_ = take_lines(scratch, shape, 1, T(0));
     if (boundary.thin & thin_erosion) erosion_.emplace(3, shape, history, scratch);
     if (boundary.thin & thin_dilation) dilation_.emplace(3, shape, history, scratch);
   }
   static int64_t bytes(LineShape shape, int64_t history) {
-    return 2 * Scratch::bytes<T>(shape.pitch) + 2 * MaxPoolRows<T>::bytes(3, shape, history);
+    return 3 * Scratch::bytes<T>(shape.pitch) + 2 * MaxPoolRows<T>::bytes(3, shape, history);
   }
 
   // Row q of t, with margins of lowest keys, into line; q goes up by one from call to call.
@@ -65,27 +64,16 @@ class ThinRows {
 
   // Takes gt, the gradient of t's row q (null: of a row past the last), and calls out(x, count, g) with the gradient
   // of z's row q − 1; before is the gt of the call before.
-  template <class Source, class Out>
-  void back(int64_t q, const T* gt, const T* before, const Source& source, bool wanted, const Out& out) {
+  template <class Out>
+  void back(int64_t q, const T* gt, const T* before, bool wanted, const Out& out) {
     const int64_t lag = next_ - 2 - q;
-    const V zero(T(0));
-    const auto grad = [&](int64_t x, int64_t count) { return gt == nullptr ? zero : load(gt + x, count); };
-    if (erosion_) erosion_->back(lag, grad);
-    if (dilation_) dilation_->back(lag, grad);
+    const auto grad = [&](int64_t x, int64_t count) { return gt == nullptr ? V(T(0)) : load(gt + x, count); };
+    if (erosion_) erosion_->back(lag, grad, eroded_);
+    if (dilation_) dilation_->back(lag, grad, dilated_);
     if (!wanted) return;
-    if (!dilation_) {
-      erosion_->back_along(key_line(q - 1, true, source),
-                           [&](int64_t x, int64_t count, V g) { out(x, count, load(before + x, count) - g); });
-    } else if (!erosion_) {
-      dilation_->back_along(key_line(q - 1, false, source),
-                            [&](int64_t x, int64_t count, V g) { out(x, count, g - load(before + x, count)); });
-    } else {
-      T* eroded = eroded_;
-      erosion_->back_along(key_line(q - 1, true, source),
-                           [&](int64_t x, int64_t count, V g) { store(g, eroded + x, count); });
-      dilation_->back_along(key_line(q - 1, false, source),
-                            [&](int64_t x, int64_t count, V g) { out(x, count, g - load(eroded + x, count)); });
-    }
+    const T *plus = dilation_ ? dilated_ : before, *minus = erosion_ ? eroded_ : before;
+    for_each_vector<T>(
+        shape_.cols, [&](int64_t x, int64_t count) { out(x, count, load(plus + x, count) - load(minus + x, count)); });
   }
 
  private:
@@ -102,7 +90,7 @@ class ThinRows {
 
   LineShape shape_;
   int64_t rows_, next_;  // next_: the first row of z that the pools have not seen
-  T *keys_, *eroded_;
+  T *keys_, *eroded_ = nullptr, *dilated_ = nullptr;
   std::optional<MaxPoolRows<T>> erosion_, dilation_;
 };
 
@@ -117,8 +105,7 @@ class BoundaryRows {
         next_(most(0, first - radius_)),
         thin_(boundary, shape, next_, 0, scratch),
         pool_(boundary.k, shape, 0, scratch) {
-    line_ = scratch.take<T>(shape.pitch) + LineShape::margin;
-    fill(line_ - LineShape::margin, lowest_key<T>(), shape.pitch);
+    line_ = take_lines(scratch, shape, 1, lowest_key<T>());
   }
   static int64_t bytes(const BoundaryShape& boundary, LineShape shape) {
     return ThinRows<T>::bytes(shape, 0) + MaxPoolRows<T>::bytes(boundary.k, shape, 0) + Scratch::bytes<T>(shape.pitch);
@@ -162,13 +149,12 @@ class BoundaryBack {
         shape_(shape),
         thin_(boundary, shape, first_row_, boundary.k, scratch),
         pool_(boundary.k, shape, 1, scratch) {
-    lines_ = scratch.take<T>(boundary.k * shape.pitch);
-    fill(lines_, lowest_key<T>(), boundary.k * shape.pitch);
-    for (T*& gt : gts_) gt = scratch.take<T>(shape.pitch);
+    line_ = take_lines(scratch, shape, 1, lowest_key<T>());
+    for (T*& gt : gts_) gt = take_lines(scratch, shape, 1, T(0));
   }
   static int64_t bytes(const BoundaryShape& boundary, LineShape shape) {
     return ThinRows<T>::bytes(shape, boundary.k) + MaxPoolRows<T>::bytes(boundary.k, shape, 1) +
-           Scratch::bytes<T>(boundary.k * shape.pitch) + 2 * Scratch::bytes<T>(shape.pitch);
+           3 * Scratch::bytes<T>(shape.pitch);
   }
   // How many of the latest rows of z the source must hold.
   static int64_t rows_in_use(const BoundaryShape& boundary) { return boundary.k + 2; }
@@ -183,25 +169,21 @@ class BoundaryBack {
     int64_t q = first_row_ - k + 1;  // the row of t whose gradient is complete
     for (int64_t p = first_row_; q <= last_; ++p, ++q) {
       T* line = nullptr;
-      if (p < rows_) thin_.make(p, source, line = t_line(p));
+      if (p < rows_) thin_.make(p, source, line = line_);
       pool_.forward(line, [](int64_t, Vec<T>) {});
       const int64_t y = p - k / 2;
       const T* g = y < first_window_ || y > last_window ? nullptr : grad(y);
-      pool_.back(0, [&](int64_t x, int64_t count) { return g == nullptr ? zero : load(g + x, count); });
-      if (q < first_) continue;
       T* gt = gts_[q & 1];
-      pool_.back_along(t_line(q), [&](int64_t x, int64_t count, Vec<T> v) { store(v, gt + x, count); });
-      back_thin(q, gt, source, out);
+      pool_.back(0, [&](int64_t x, int64_t count) { return g == nullptr ? zero : load(g + x, count); }, gt);
+      if (q >= first_) back_thin(q, gt, out);
     }
-    if (end_ == rows_) back_thin(rows_, nullptr, source, out);
+    if (end_ == rows_) back_thin(rows_, nullptr, out);
   }
 
  private:
-  T* t_line(int64_t p) const { return lines_ + p % pool_.window() * shape_.pitch + LineShape::margin; }
-
-  template <class Source, class Out>
-  void back_thin(int64_t q, const T* gt, const Source& source, const Out& out) {
-    thin_.back(q, gt, gts_[(q - 1) & 1], source, q - 1 >= begin_,
+  template <class Out>
+  void back_thin(int64_t q, const T* gt, const Out& out) {
+    thin_.back(q, gt, gts_[(q - 1) & 1], q - 1 >= begin_,
                [&](int64_t x, int64_t count, Vec<T> v) { out(q - 1, x, count, v); });
   }
 
@@ -209,7 +191,7 @@ class BoundaryBack {
   LineShape shape_;
   ThinRows<T> thin_;
   MaxPoolRows<T> pool_;
-  T *lines_, *gts_[2];  // k rows of t, and two of its gradient
+  T *line_, *gts_[2];  // a row of t, and two of its gradient
 };
 
 }  // namespace

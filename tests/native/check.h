@@ -140,5 +140,8 @@ void test_depthwise(int cases);
 void test_dilated(int cases);
 void test_norm_act(int cases);
 void test_decay(int cases);
+void test_scfm(int cases);
+void test_boundary(int cases);
+void test_structure_polishing(int cases);
 
 }  // namespace sodfast::test

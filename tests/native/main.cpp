@@ -13,6 +13,9 @@ int main(int argc, char** argv) {
   sodfast::test::test_dilated(cases);
   sodfast::test::test_norm_act(cases);
   sodfast::test::test_decay(cases);
+  sodfast::test::test_scfm(cases);
+  sodfast::test::test_boundary(cases);
+  sodfast::test::test_structure_polishing(cases);
   std::printf("all native tests passed\n");
   return 0;
 }
