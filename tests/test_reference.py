@@ -77,6 +77,42 @@ def assert_close(ys, expected):
         np.testing.assert_allclose(y.numpy(), e, rtol=1e-11, atol=1e-12)
 
 
+def window_search(x, size, reduce):
+    """The extreme of every size×size window, cut off at the border."""
+    y, reach = np.empty_like(x), size // 2
+    for r, c in itertools.product(range(x.shape[2]), range(x.shape[3])):
+        rows = slice(max(0, r - reach), r + reach + 1)
+        y[:, :, r, c] = reduce(x[:, :, rows, max(0, c - reach) : c + reach + 1], axis=(2, 3))
+    return y
+
+
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_boundary_is_its_formula(k):
+    (z,) = tensors((2, 2, 7, 12))
+    x = z.numpy()
+    low, high = (window_search(x, 3, reduce) for reduce in (np.min, np.max))
+    for thin, t in (("inner", x - low), ("outer", high - x), ("both", high - low)):
+        assert_close([ops.boundary_reference(z, k, thin)], [window_search(t, k, np.max)])
+
+
+def test_structure_polishing_sums_are_their_formula():
+    logits, truth = tensors((2, 1, 7, 12), (2, 1, 7, 12))
+    maps = [1 / (1 + np.exp(-logits.numpy())), truth.numpy()]
+    edges = [window_search(x - window_search(x, 3, np.min), 5, np.max) for x in maps]
+    pixels = (1, 2, 3)
+    rows = [[(p * g).sum(pixels), p.sum(pixels), g.sum(pixels)] for p, g in (maps, edges)]
+    found = ops.structure_polishing_sums_reference(logits, truth, 5)
+    assert_close([found], [np.array(rows).transpose(2, 0, 1)])
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_scfm_is_its_formula(factor):
+    x, y = tensors((2, 3, 4 * factor, 5 * factor), (2, 3, 4, 5))
+    up = upsample(y.numpy(), factor)
+    assert_close([ops.scfm_reference(x, y)], [x.numpy() * (1 + up)])
+    assert_close([ops.scfm_reference(x, y, multiply=False)], [x.numpy() + up])
+
+
 @pytest.mark.parametrize("kernel_size", [1, 3])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(
