@@ -21,7 +21,7 @@ from .jobs import Failure, Job, describe, find_jobs
 from .parallel import chunks, ordered_map, share_threads
 from .pictures import Picture, pixels_at_once, read_picture
 from .preprocess import check_preprocessing, to_input, to_map
-from .pretrained import from_pretrained
+from .pretrained import DEFAULT, from_pretrained
 from .render import FORMATS, TYPES, encode, render
 from .weights import atomic_write
 
@@ -38,7 +38,7 @@ _READ_AHEAD = 64 << 20  # bytes; larger files are read by the decoder itself
 class Predictor:
     """A network ready for pictures.
 
-    >>> predictor = Predictor("csnet.safetensors")
+    >>> predictor = Predictor()                    # the weights that ship with sodfast
     >>> saliency = predictor("photo.jpg")          # (H, W) uint8, the photo's own size
     >>> first, second = predictor(["a.jpg", "b.jpg"])
 
@@ -57,7 +57,7 @@ class Predictor:
 
     def __init__(
         self,
-        weights: str | os.PathLike[str] | nn.Module,
+        weights: str | os.PathLike[str] | nn.Module = DEFAULT,
         size: int | tuple[int, int] | None = None,
         threads: int | None = None,
         batch: int = 1,

@@ -1,4 +1,4 @@
-"""Weights by name or by path."""
+"""Weights by name or by path; the ones that ship with the package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import nn
 
 from .weights import load
 
-__all__ = ["from_pretrained", "pretrained_names"]
+__all__ = ["DEFAULT", "from_pretrained", "pretrained_names"]
+
+# What is taken where no weights are named; docs/weights.md tells how they were trained.
+DEFAULT = "csnet-fast"
 
 # Weights that ship with the package: one file NAME.safetensors each.
 _FOLDER = Path(__file__).with_name("pretrained_weights")
@@ -20,7 +23,7 @@ def pretrained_names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.safetensors"))
 
 
-def from_pretrained(weights: str | os.PathLike[str]) -> nn.Module:
+def from_pretrained(weights: str | os.PathLike[str] = DEFAULT) -> nn.Module:
     """A trained model, in eval mode.
 
     weights: a name (see `pretrained_names`), or the path of a file that `sodfast.save` or

@@ -80,6 +80,11 @@ def main(tree: Path) -> None:
         made = list((Path(folder) / "maps").iterdir())
         if len(made) != 1 or Image.open(made[0]).size != (256, 256):
             raise SystemExit(f"sodfast predict left {made} instead of one map of 256x256")
+        elsewhere = Path(folder) / "elsewhere"
+        elsewhere.mkdir()
+        subprocess.run([command, "predict", photo], check=True, cwd=elsewhere)
+        if not (elsewhere / "maps" / "photo.png").is_file():
+            raise SystemExit("sodfast predict without any file named left no map")
     print("the sodfast command: ok")
 
 

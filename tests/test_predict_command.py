@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from PIL import Image
 from sodfast.commands import predict as predict_command
 from sodfast.ops import _backend
 from sodfast.predict import Predictor
+from sodfast.pretrained import DEFAULT
 from sodfast.render import FORMATS, TYPES, render
 
 
@@ -313,11 +315,21 @@ def test_standard_input_to_standard_output(weights: Path, photos: Path) -> None:
     assert b"Traceback" not in process.stderr
 
 
+def test_nothing_need_be_named(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """The weights that ship, and a folder of their own for the maps."""
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, "predict", photos / "a.png")
+    assert status == 0 and f"; {DEFAULT}: csnet" in err
+    with Image.open(tmp_path / "maps" / "a.png") as image:
+        assert np.array_equal(np.asarray(image), Predictor()(photos / "a.png"))
+
+
 def test_wrong_combinations(
     weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, words in (
-        ([photos], "-o DIR is missing"),
         (["-", photos], "reads one picture"),
         (["-", "-o", tmp_path / "x"], "reads one picture"),
         (["--video", "in.mp4"], "--video needs -o"),

@@ -188,3 +188,18 @@ def test_a_file_without_an_ending_is_a_path(
     monkeypatch.chdir(tmp_path)
     sodfast.save(small_model(), "net")
     assert sodfast.from_pretrained("net").name == "csnet"
+
+
+def test_the_weights_that_ship() -> None:
+    """Small, whole, and right about an easy picture."""
+    assert pretrained.DEFAULT in pretrained.pretrained_names()
+    for name in pretrained.pretrained_names():
+        assert (pretrained._FOLDER / f"{name}.safetensors").stat().st_size < 1_000_000
+        model = sodfast.from_pretrained(name)
+        for key, tensor in model.state_dict().items():
+            assert tensor.isfinite().all(), key
+    photo = np.full((120, 160, 3), (70, 110, 60), np.uint8)
+    photo[40:80, 60:110] = (220, 60, 40)
+    saliency = Predictor()(photo).astype(float)
+    inside = saliency[45:75, 65:105].mean()
+    assert inside > 128 > 64 > saliency[:20].mean()

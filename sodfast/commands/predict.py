@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from ..pretrained import DEFAULT
 from . import UsageError, WorkError, positive
 
 if TYPE_CHECKING:
@@ -37,12 +38,17 @@ def add_parser(subparsers: Any) -> None:
         "picture from standard input and write to standard output",
     )
     parser.add_argument(
-        "-o", "--output", metavar="DIR", help="folder for the files (made if need be)"
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="folder for the files, made if need be (maps)",
     )
     parser.add_argument(
         "--weights",
         metavar="W",
-        help="a .safetensors file of sodfast, or the name of weights that ship with it",
+        default=DEFAULT,
+        help="a .safetensors file of sodfast, or the name of weights that ship with it "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--size",
@@ -108,6 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    """Refuses what makes no sense; fills in the folder where none was named."""
     if arguments.video is not None:
         if arguments.inputs:
             raise UsageError("--video takes no other INPUT")
@@ -124,7 +131,7 @@ def _check(arguments: argparse.Namespace) -> None:
         if sys.stdout.isatty():
             raise UsageError("a picture would go to the terminal; redirect it: … - > map.png")
     elif arguments.output is None:
-        raise UsageError("-o DIR is missing: where the files go")
+        arguments.output = "maps"
 
 
 @contextlib.contextmanager
@@ -149,12 +156,8 @@ def _predictor(arguments: argparse.Namespace) -> Predictor:
     import torch
 
     from ..predict import Predictor
-    from ..pretrained import from_pretrained, pretrained_names
+    from ..pretrained import from_pretrained
 
-    if arguments.weights is None:
-        names = pretrained_names()
-        known = f"one of {', '.join(names)}, or a file" if names else "a .safetensors file"
-        raise UsageError(f"--weights W is missing: {known}")
     try:
         model = from_pretrained(arguments.weights)
     except (OSError, ValueError) as error:
