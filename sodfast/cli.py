@@ -28,6 +28,7 @@ _SUBCOMMANDS = (
     "commands.models",
     "commands.train",
     "commands.distill",
+    "commands.ablate",
     "commands.data",
     "commands.info",
 )

@@ -19,17 +19,21 @@ from .metrics import CONVENTIONS
 from .weights import atomic_write
 
 __all__ = [
+    "COLOURS",
     "COSTS",
     "TradeoffRow",
     "draw_curves",
     "draw_tradeoff",
     "read_rows",
+    "readable_ticks",
     "require_matplotlib",
+    "save_figure",
+    "tidy",
 ]
 
 _INK, _GRID, _FAINT = "#22282e", "#dfe3e7", "#8a949e"
 # Distinct also for people who see colours differently (Okabe and Ito's set).
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _STYLES = {"salmetric": "-", "pysodmetrics": "--", "kd_scfnet_toolbox": ":"}
 
 # What a network costs: the column of the CSV, the axis, and which side is better.
@@ -73,7 +77,7 @@ def draw_curves(evaluations: Sequence[Evaluation], path: str | os.PathLike[str])
         prefix = f"{evaluation.name}, " if several else ""
         for key, convention in CONVENTIONS.items():
             result = getattr(evaluation.scores, key).result()
-            colour = _COLOURS[(number if several else list(CONVENTIONS).index(key)) % len(_COLOURS)]
+            colour = COLOURS[(number if several else list(CONVENTIONS).index(key)) % len(COLOURS)]
             style = {"color": colour, "linestyle": _STYLES[key], "linewidth": 1.6}
             left.plot(result.recall, result.precision, label=f"{prefix}{convention}", **style)
             label = f"{prefix}{convention}: max {result.max_f:.4f}"
@@ -83,11 +87,11 @@ def draw_curves(evaluations: Sequence[Evaluation], path: str | os.PathLike[str])
     right.set(xlabel="threshold", ylabel="F, β² = 0.3", xlim=(0, 255), ylim=(0, 1.02))
     right.set_title("F over the threshold")
     for axes in (left, right):
-        _tidy(axes)
+        tidy(axes)
         axes.legend(loc="lower left" if axes is left else "lower center", fontsize=8.5)
     if len(evaluations) == 1:
         figure.suptitle(f"{evaluations[0].name}, {len(evaluations[0].maps):,} maps", color=_INK)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ def draw_tradeoff(
     figure.canvas.draw()  # places everything; only now is it known where labels would be
     for panel, (cost, present) in zip(axes[0], panels.items()):
         _label_points(figure, panel, cost, present)
-    _save(figure, path)
+    save_figure(figure, path)
     return remarks
 
 
@@ -200,8 +204,8 @@ def _draw_panel(axes: Any, cost: str, rows: Sequence[TradeoffRow]) -> None:
     for members in families.values():
         members.sort(key=lambda row: getattr(row, cost))
         x, y = [getattr(row, cost) for row in members], [row.f for row in members]
-        axes.plot(x, y, color=_COLOURS[0] if members[0].ours else _FAINT, linewidth=1, zorder=1)
-    for ours, colour in ((False, _FAINT), (True, _COLOURS[0])):
+        axes.plot(x, y, color=COLOURS[0] if members[0].ours else _FAINT, linewidth=1, zorder=1)
+    for ours, colour in ((False, _FAINT), (True, COLOURS[0])):
         chosen = [row for row in rows if row.ours is ours]
         axes.scatter(
             [getattr(row, cost) for row in chosen], [row.f for row in chosen],
@@ -209,13 +213,13 @@ def _draw_panel(axes: Any, cost: str, rows: Sequence[TradeoffRow]) -> None:
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlabel(f"{title}  ({'←' if better == 'left' else '→'} better)")
-    _readable_ticks(axes, [getattr(row, cost) for row in rows])
+    readable_ticks(axes, [getattr(row, cost) for row in rows])
     # Room at the sides for the labels.
     axes.margins(x=0.16, y=0.1)
-    _tidy(axes)
+    tidy(axes)
 
 
-def _readable_ticks(axes: Any, values: Sequence[float]) -> None:
+def readable_ticks(axes: Any, values: Sequence[float]) -> None:
     """Numbers like 100 K on a logarithmic axis, and more of them when it spans little."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -285,7 +289,8 @@ def _overlap(a: Any, b: Any) -> float:
     return max(0.0, width) * max(0.0, height)
 
 
-def _tidy(axes: Any) -> None:
+def tidy(axes: Any) -> None:
+    """The looks that our plots share."""
     axes.grid(color=_GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -293,7 +298,8 @@ def _tidy(axes: Any) -> None:
     axes.tick_params(colors=_INK)
 
 
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Writes a figure as a PNG, whole or not at all, and closes it."""
     import matplotlib.pyplot as plt
 
     try:

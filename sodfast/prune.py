@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from ._prune_exact import fold_constants
 from ._prune_structure import FUSION, Masks, Tensors, blocks, check_csnet, cut, norms, scales
 from .models import CSNet, count, create_model
+from .nn import NormAct
 
-__all__ = ["CRITERIA", "MODES", "PruneReport", "mask", "prune"]
+__all__ = ["CRITERIA", "MODES", "PruneReport", "estimate_statistics", "mask", "prune"]
 
 CRITERIA = ("threshold", "ratio", "norm", "median")
 MODES = ("exact", "paper")
@@ -125,7 +127,7 @@ def prune(
       a constant (as γ is 0 in one of their depthwise layers). No fine-tuning is needed.
     - "paper": what the authors' program does. The criterion alone decides; running statistics
       are reset to 0 and 1, and the removed channels' constants are dropped, so that at least
-      the statistics must be estimated anew.
+      the statistics must be estimated anew (:func:`estimate_statistics`).
 
     Args:
         model: a :class:`sodfast.models.CSNet`.
@@ -198,6 +200,37 @@ def mask(
     masked = copy.deepcopy(csnet)
     masked.load_state_dict(_masked(csnet, chosen, criterion, threshold))
     return masked
+
+
+@torch.no_grad()
+def estimate_statistics(model: nn.Module, inputs: Iterable[Tensor]) -> None:
+    """Gives every NormAct the mean of its batch statistics over some batches, in place.
+
+    For a network that ``prune(mode="paper")`` has left without statistics. Without them its
+    activations grow or vanish from layer to layer, in evaluation, until they overflow.
+
+    Args:
+        model: left in the mode that it had.
+        inputs: batches as the network takes them; at least one.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    norms = [module for module in model.modules() if isinstance(module, NormAct)]
+    momenta = [norm.momentum for norm in norms]
+    training, number = model.training, 0
+    model.train()
+    try:
+        for number, x in enumerate(inputs, 1):
+            for norm in norms:
+                norm.momentum = 1 / number  # the first batch's replace what was there
+            model(x)
+    finally:
+        model.train(training)
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+    if number == 0:
+        raise ValueError("inputs must hold at least one batch")
 
 
 # ---- the criteria -------------------------------------------------------------------------------

@@ -84,7 +84,9 @@ class Recipe:
     # this part of the schedule on, this lambda_d; before the first 0; empty: lambda_d always
     decay_mode: str = "coupled"  # or decoupled
     prune: bool = True  # eliminate channels before the fine-tuning
+    prune_criterion: str = "threshold"  # or ratio, norm, median: see sodfast.prune
     prune_threshold: float = 1e-20  # on |γ|
+    prune_ratio: float = 0.5  # of the channels, for the other criteria
     prune_mode: str = "paper"  # or exact: see sodfast.prune
     # the run
     ema: float = 0.0  # decay per step of averaged weights, which are then validated and kept
@@ -109,6 +111,8 @@ class Recipe:
             raise ValueError(f"held_out must be from 0 to under 1, got {self.held_out}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be from 0 to under 1, got {self.ema}")
+        if not 0 <= self.prune_ratio < 1:
+            raise ValueError(f"prune_ratio must be from 0 to under 1, got {self.prune_ratio}")
         if self.finetune_epochs > self.epochs:
             raise ValueError(
                 f"finetune_epochs must not exceed epochs ({self.epochs}), "
@@ -156,6 +160,7 @@ _CHOICES = {
     "distill_loss": ("bce", "dice", "sp"),
     "teach": ("online", "offline"),
     "decay_mode": ("coupled", "decoupled"),
+    "prune_criterion": ("threshold", "ratio", "norm", "median"),
     "prune_mode": ("paper", "exact"),
     "precision": ("float32", "bfloat16", "float16"),
 }

@@ -27,7 +27,7 @@ from .launch import Launch
 from .models import count, create_model
 from .objective import Objective
 from .optim import DynamicWeightDecay, parameter_groups
-from .prune import prune
+from .prune import estimate_statistics, prune
 from .recipe import Recipe
 from .runlog import Losses, NotFinite, RunLog, draw_curves, environment
 from .schedule import check_sizes, decay_strength, image_size, learning_rate, make_optimizer
@@ -36,6 +36,8 @@ from .validation import gamma_quantiles, results, validate
 from .weights import atomic_write, load, save
 
 __all__ = ["TrainingError", "train"]
+
+_STATISTICS_BATCHES = 16  # after an elimination that resets the norms' statistics
 
 
 class TrainingError(RuntimeError):
@@ -177,9 +179,8 @@ class Trainer:
         groups = parameter_groups(
             self.model, recipe.weight_decay, recipe.encoder_lr, recipe.encoder_norm_decay
         )
-        if (
-            not recipe.lambda_d and len(groups) == 2
-        ):  # standard decay: the γ are parameters like all others
+        # Standard decay: the γ are parameters like all others.
+        if not recipe.lambda_d and len(groups) == 2:
             every = list(self.model.parameters())
             groups = [{"params": every, "weight_decay": recipe.weight_decay}]
         inner = make_optimizer(recipe, groups)
@@ -268,9 +269,17 @@ class Trainer:
         """Removes the channels whose γ vanished; the rest gets a fresh optimizer."""
         before = self.validate_now("before elimination")
         self.save_weights("trained.safetensors")
+        recipe = self.recipe
         smaller, report = prune(
-            self.model, "threshold", self.recipe.prune_mode, self.recipe.prune_threshold
-        )
+            self.model, recipe.prune_criterion, recipe.prune_mode, recipe.prune_threshold,
+            recipe.prune_ratio,
+        )  # fmt: skip
+        if recipe.prune_mode == "paper":  # which has reset them
+            side, first = image_size(recipe, done), self.state.step * recipe.accumulate
+            estimate_statistics(
+                smaller.to(self.device),
+                (self.batches.get(first + i, side)[0] for i in range(_STATISTICS_BATCHES)),
+            )
         self.state.eliminated_at = done
         self.state.best = -1.0  # from now on the smaller network's scores count
         pre = self.model.preprocessing

@@ -16,7 +16,7 @@ import sodfast
 from sodfast.cli import main
 from sodfast.convert import _map_names, _Source
 from sodfast.nn import NormAct, SimplifiedGOctConv
-from sodfast.prune import CRITERIA, mask, prune
+from sodfast.prune import CRITERIA, estimate_statistics, mask, prune
 from sodfast.weights import build
 
 DEAD = 1e-25
@@ -460,3 +460,26 @@ def test_gap_and_spread() -> None:
             z = torch.nn.functional.batch_norm(y, mean, var, gamma, beta)
             expected += float(z.std(1).mean()) / 2
     assert found["stages.0.0.norm1"][0] == pytest.approx(expected)
+
+
+def test_statistics_estimated_anew(small_csnet: Callable) -> None:
+    """One batch: evaluation then is training's forward. Several: their mean."""
+    pruned, _ = prune(small_csnet(), "norm", "paper", ratio=0.3)
+    first, second = torch.randn(2, 8, 3, 96, 96, generator=torch.Generator().manual_seed(5))
+    twin = copy.deepcopy(pruned)
+    estimate_statistics(pruned, [first])
+    assert not pruned.training
+    with torch.no_grad():
+        wanted, found = twin.train()(first), pruned(first)
+        drift = (twin.eval()(first) - wanted).norm()
+    # Not to rounding: the running variance is the unbiased one.
+    assert 0 < (found - wanted).norm() < 0.05 * drift
+    norm = pruned.stages[0][0].norm1
+    alone = norm.running_mean.clone()
+    estimate_statistics(pruned, [second])
+    other = norm.running_mean.clone()
+    estimate_statistics(pruned, iter([first, second]))
+    torch.testing.assert_close(norm.running_mean, (alone + other) / 2)
+    assert norm.momentum == 0.1
+    with pytest.raises(ValueError, match="at least one batch"):
+        estimate_statistics(pruned, [])

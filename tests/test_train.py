@@ -286,6 +286,33 @@ def test_accumulated_parts_are_one_batch_but_for_statistics(scenes: Path, tmp_pa
     assert a[-1]["loss"] == pytest.approx(b[-1]["loss"], rel=0.15)
 
 
+def test_standard_decay_of_gamma(scenes: Path, tmp_path: Path) -> None:
+    """Without λ_d γ decays as the other weights do; with it, not by weight_decay."""
+    short = {"epochs": 2, "finetune_epochs": 0, "prune": False, "ema": 0.0, "optimizer": "sgd",
+             "momentum": 0.0, "lr": 1e-3, "schedule": "steps", "log_every": 10}  # fmt: skip
+    sizes = []
+    for strength, decay in ((0.0, 30.0), (0.0, 0.0), (1e-6, 30.0)):
+        run = tmp_path / f"{strength} {decay}"
+        run_here(scenes, run, **short, weight_decay=decay, lambda_d=strength)
+        saved = checkpoint.latest(run)[1]["parameters"]
+        sizes.append(float(saved["stages.0.0.norm1.weight"].abs().mean()))
+    assert sizes[0] == pytest.approx(sizes[1] * (1 - 0.03) ** 10, rel=0.02)
+    assert sizes[2] == pytest.approx(sizes[1], rel=0.02)
+
+
+def test_elimination_as_in_the_papers(scenes: Path, tmp_path: Path) -> None:
+    """It takes the statistics away; the network is scored at once and must not overflow, which
+    a gain of 100 in 36 layers one after the other does without statistics."""
+    table = run_here(
+        scenes, tmp_path / "run", epochs=2, finetune_epochs=1, ema=0.0, sizes=[],
+        prune_criterion="norm", prune_ratio=0.5, prune_mode="paper",
+        config={"width": 0.2, "weight_gain": 100.0},
+    )  # fmt: skip
+    assert table["result"]["params"] < 0.5 * table["trained"]["params"]
+    after = read_log(tmp_path / "run", "eliminate")[0]["after"]
+    assert 0 < after["max_f"] < 1 and after["mae"] < 1
+
+
 def test_a_size_that_the_network_does_not_take(scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="multiples of 16 pixels, got size 40; .*32 and 48"):
         run_here(scenes, tmp_path / "run", size=40)

@@ -1,0 +1,115 @@
+"""Ablations: the entries are sound; real runs make a table and a plot, and go on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import sodfast
+from sodfast.ablate import ablate, as_markdown, plan
+from sodfast.ablations import ABLATIONS, Ablation
+from sodfast.cli import main
+from sodfast.data.synth import write_scenes
+from sodfast.recipe import load_recipe
+from sodfast.runlog import read_log
+
+SMALL = [
+    "config.width=0.2", "size=32", "cache_size=32", "sizes=[]", "epochs=2", "finetune_epochs=1",
+    "batch_size=8", "held_out=0.25", "lambda_steps=[]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ablate")
+    write_scenes(folder / "set", 24, seed=3, size=40)
+    return folder
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize("recipe", ["csnet-fast", "csnet"])
+def test_every_run_of_every_entry_can_be_made(name: str, recipe: str) -> None:
+    ablation = ABLATIONS[name]
+    runs = plan(ablation, recipe, ["lr=0.125"], seeds=2)
+    assert len(runs) == 2 * len(ablation.runs)
+    assert len({run.folder for run in runs}) == len({run.label for run in runs}) * 2 == len(runs)
+    assert "ECCV" in ablation.paper or "TPAMI" in ablation.paper
+    varied = {json.dumps(run.recipe.as_dict(), sort_keys=True) for run in runs}
+    assert len(varied) == len(runs), "two runs are the same"
+    for run in runs:
+        assert run.recipe.lr == 0.125
+        with torch.device("meta"):
+            sodfast.create_model(run.recipe.model, **run.recipe.config)
+    seed = load_recipe(recipe).seed
+    assert {run.seed for run in runs} == {seed, seed + 1}
+
+
+def test_the_papers_ablations_are_there() -> None:
+    papers = " ".join(entry.paper for entry in ABLATIONS.values())
+    for place in ("fig. 6a", "fig. 13", "fig. 6b", "fig. 14", "table 4", "table 11", "table 3",
+                  "table 9", "table 10", "table 1,", "table 6"):  # fmt: skip
+        assert place in papers
+
+
+def test_what_is_varied_cannot_be_set() -> None:
+    with pytest.raises(ValueError, match="weight_decay is what this ablation varies"):
+        plan(ABLATIONS["lambda"], "csnet-fast", ["weight_decay=1"])
+    assert main(["ablate", "lambda", "--data", "x", "-o", "y", "--set", "weight_decay=1"]) == 2
+    assert main(["ablate", "lamda", "--data", "x", "-o", "y"]) == 2
+
+
+def test_by_cost_is_resumed_and_refuses_other_settings(
+    scenes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two decays, a criterion that removes channels; the second call finds both runs done."""
+    entry = Ablation(
+        "criterion", "none",
+        tuple((decay, "norm", {"lambda_d": strength, "prune_criterion": "norm",
+                               "prune_mode": "paper", "prune_ratio": 0.5})
+              for decay, strength in (("standard", 0.0), ("dynamic", 1.5))),
+    )  # fmt: skip
+    monkeypatch.setitem(ABLATIONS, "criterion", entry)
+    words = ["ablate", "criterion", "--data", str(scenes / "set"), "-o", str(tmp_path / "a"),
+             "--cache", str(scenes / "cache"), "--device", "cpu"]  # fmt: skip
+    words += [word for setting in SMALL for word in ("--set", setting)]
+    assert main(words) == 0
+    first = capsys.readouterr()
+    assert "run 2 of 2: dynamic, norm" in first.err
+    table = json.loads((tmp_path / "a" / "table.json").read_text())
+    assert [row["series"] for row in table["rows"]] == ["standard", "dynamic"]
+    for row in table["rows"]:
+        assert row["params"] < 0.5 * row["params_before"]  # half the channels on both sides
+        assert 0 < row["max_f"] < 1 and 0 < row["mae"] < 1
+        assert f"{row['max_f']:.4f}" in (tmp_path / "a" / "table.md").read_text()
+    with Image.open(tmp_path / "a" / "plot.png") as picture:
+        assert picture.width > 1000
+    starts = {run: read_log(tmp_path / "a" / run, "start")[-1]["recipe"]["lambda_d"]
+              for run in ("standard-norm-seed-1", "dynamic-norm-seed-1")}  # fmt: skip
+    assert list(starts.values()) == [0.0, 1.5]
+
+    monkeypatch.setattr("sodfast.ablate.train", None)  # nothing may be trained now
+    assert main(words) == 0
+    again = capsys.readouterr()
+    assert "run " not in again.err and again.out == first.out
+    assert main([*words, "--set", "lr=0.5"]) == 1
+    assert "was run with other settings (lr)" in capsys.readouterr().err
+
+
+def test_by_epoch_and_over_seeds(scenes: Path, tmp_path: Path) -> None:
+    runs = plan(ABLATIONS["epochs"], "csnet-fast", SMALL, seeds=2)
+    rows = ablate(
+        ABLATIONS["epochs"], runs, scenes / "set", tmp_path, cache_folder=scenes / "cache",
+        device="cpu", progress=False,
+    )  # fmt: skip
+    assert [(row["series"], row["seeds"]) for row in rows] == [("standard", 2), ("dynamic", 2)]
+    for row in rows:
+        low, high = row["mae_range"]
+        assert low <= row["mae"] <= high and low < high  # other seeds, other numbers
+        assert row["params"] == row["params_before"]  # nothing is eliminated here
+    assert " ± " in as_markdown(ABLATIONS["epochs"], rows)
+    assert (tmp_path / "plot.png").is_file()
