@@ -30,7 +30,7 @@ export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 .PHONY: help demo test test-full lint format bench sanitize wheel sdist pictures clean distclean
 
 help:
-	@echo 'make demo       a layer at work, fused against eager; WEIGHTS=FILE adds maps of photos'
+	@echo 'make demo       layers at work, a network that learns, maps of photos (WEIGHTS=FILE: yours)'
 	@echo 'make test       the tests, a few minutes; ARGS="-k goctconv" goes on to pytest'
 	@echo 'make test-full  the tests in their long forms'
 	@echo 'make lint       ruff, clang-format, mypy; changes nothing'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ class _Macs(TorchDispatchMode):
 def cost_of(case: Case) -> Cost:
     """Found by running the reference on the meta device, which computes and allocates nothing."""
     with torch.device("meta"), sodfast.use_backend("reference"):
-        module, args = case.build()
+        module, args, _ = case.build()
         inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
         parameters = list(module.parameters()) if isinstance(module, nn.Module) else []
         with _Macs() as counter, torch.set_grad_enabled(case.training):
@@ -64,7 +65,9 @@ def cost_of(case: Case) -> Cost:
                 torch.autograd.grad(roots, leaves, [torch.empty_like(y) for y in roots])
                 # The backward reads what the forward read, and the gradient of its result.
                 moved += _bytes(inputs) + _bytes(parameters) + _bytes(roots) + _bytes(leaves)
-    return Cost(counter.total, moved, " + ".join(_shape(x) for x in inputs))
+    runs = [(shape, len(list(same))) for shape, same in groupby(_shape(x) for x in inputs)]
+    shapes = (shape if times == 1 else f"{times} of {shape}" for shape, times in runs)
+    return Cost(counter.total, moved, " + ".join(shapes))
 
 
 def _bytes(tensors: list[Tensor]) -> int:

@@ -20,8 +20,11 @@ MAX_CALLS = 2000
 
 
 def step_of(work: Work, training: bool) -> Callable[[], Any]:
-    """What is timed: the call, in training with the gradients of everything that wants one."""
-    module, args = work
+    """What is timed: the call, in training with the gradients of everything that wants one; or
+    the work's own step."""
+    module, args, whole = work
+    if whole is not None:
+        return whole
     if not training:
         return torch.inference_mode()(lambda: module(*args))
     parameters = list(module.parameters()) if isinstance(module, nn.Module) else []

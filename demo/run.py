@@ -1,4 +1,4 @@
-"""What ``make demo`` runs: a layer at work, and maps of photos when there are weights.
+"""What ``make demo`` runs: layers at work, a network that learns, and maps of photos.
 
 python demo/run.py [--weights FILE] [--output FOLDER]
 """
@@ -6,17 +6,22 @@ python demo/run.py [--weights FILE] [--output FOLDER]
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import layers
+import learn
 import photos
 import torch
 
 import sodfast
 from sodfast.predict import Predictor
+from sodfast.pretrained import DEFAULT
 
 WIDTH = 78
+MARGIN = 0.15  # what the trained network's max-F must be above that of the others
 
 
 def heading(text: str) -> None:
@@ -43,15 +48,37 @@ def show_layers() -> None:
     print("sodfast.fuse(module) returns. Bars longer than the first are slower than torch.")
 
 
-def show_maps(weights: Path | None, output: Path) -> None:
-    """Maps of a few public-domain photos, or how to get them."""
-    heading("2 · Saliency maps of real photos")
-    if weights is None:
-        print("No weights were given, so there is nothing to see here yet: sodfast ships no")
-        print("trained weights of its own so far. With a file of yours:\n")
-        print("  make demo WEIGHTS=csnet.safetensors")
-        print("\nREADME.md says how to make one from a published checkpoint.")
-        return
+def show_learning(output: Path) -> None:
+    """Trains, eliminates channels, fine-tunes, and scores on unseen scenes."""
+    heading("2 · A network that learns, and slims while it does")
+    print(
+        f"{learn.SCENES} synthetic scenes; CSNet with dynamic weight decay, then elimination of\n"
+        "the channels that it switched off, then fine-tuning. One to two minutes.\n"
+    )
+    folder = output / "learning"
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo
+    start = time.monotonic()
+    table = learn.learn(folder)
+    before, after = table.get("trained", table["result"]), table["result"]
+    print(
+        f"\n{before['params']:,} parameters before the elimination, {after['params']:,} after "
+        f"({after['params'] / before['params']:.0%}); {time.monotonic() - start:.0f} s"
+    )
+    print(f"\nOn {learn.UNSEEN} scenes of another seed:\n")
+    print(f"  {'':18}{'max-F':>8}{'MAE':>8}")
+    scores = {}
+    for label, max_f, mae in learn.compare(folder / "run" / "weights.safetensors"):
+        scores[label] = max_f
+        print(f"  {label:18}{max_f:8.3f}{mae:8.3f}", flush=True)
+    print(f"\nweights, log and curves:  {folder / 'run'}")
+    trained, *others = scores.values()
+    if trained < max(others) + MARGIN:
+        raise RuntimeError(f"the network has not learned: less than {MARGIN} above the others")
+
+
+def show_maps(weights: str, output: Path) -> None:
+    """Maps of a few public-domain photos."""
+    heading("3 · Saliency maps of real photos")
     sheet = output / "maps.png"
     predictor = Predictor(weights)
     height, width = predictor.size
@@ -63,7 +90,9 @@ def show_maps(weights: Path | None, output: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, help="a .safetensors file of sodfast")
+    parser.add_argument(
+        "--weights", default=DEFAULT, help=f"a .safetensors file for the photos ({DEFAULT})"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -75,6 +104,7 @@ def main() -> int:
     try:
         sodfast.use_backend("cpu")  # the demo is of the compiled kernels, of nothing else
         show_layers()
+        show_learning(arguments.output)
         show_maps(arguments.weights, arguments.output)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"\ndemo: error: {error}", file=sys.stderr)

@@ -153,7 +153,7 @@ def test_baseline_that_cannot_run_is_a_row_with_a_reason(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--op", "gconv"], "unknown op 'gconv'; known are goctconv, goctconv_depthwise"),
+        (["--op", "gconv"], "unknown op 'gconv'; known are decay, goctconv, goctconv_depthwise"),
         (["--model", "csnet2"], "unknown model 'csnet2'; known are csnet, csnet-train"),
         (["--variants", "jit"], "unknown variant 'jit'; known are eager, "),
         (["--case", "stages.9"], "no case has 'stages.9' in its name; known are\ncsnet: "),

@@ -18,6 +18,7 @@ class Work(NamedTuple):
 
     module: Callable[..., Any]  # as the library's user writes it: a torch module, not fused
     args: tuple[Any, ...]  # tensors, or lists with a tensor per scale
+    step: Callable[[], Any] | None = None  # timed instead, where a variant has more to do
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Case:
             that require a gradient get one, and so do all parameters.
         build: makes the work, with the same numbers every time (the seed is set before).
         slow: only run when asked for by name, or with --all.
+        own: has variants of its own, and the general ones have nothing to say about it.
     """
 
     kind: str
@@ -40,6 +42,7 @@ class Case:
     training: bool
     build: Callable[[], Work]
     slow: bool = False
+    own: bool = False
 
     @property
     def pass_name(self) -> str:

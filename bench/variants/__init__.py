@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from cases import Case, Work
 
 
-def always(case: Case) -> bool:
-    return True
+def general(case: Case) -> bool:
+    """Every case that has no variants of its own."""
+    return not case.own
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Variant:
     baseline: bool
     backend: str
     prepare: Callable[[Case, Work], Work]
-    serves: Callable[[Case], bool] = always
+    serves: Callable[[Case], bool] = general
 
 
 def all_variants() -> list[Variant]:
