@@ -60,7 +60,7 @@ $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: requir
 	@$(PIP) install --quiet -r $<
 	@touch $@
 
-$(STAMPS)/test: requirements/demo.txt requirements/docs.txt
+$(STAMPS)/test: requirements/demo.txt requirements/docs.txt requirements/train.txt
 
 $(STAMPS)/build: $(BUILD_INPUTS) $(STAMPS)/base
 	@requirements/check_tools.sh $(PY) '$(CXX)'

@@ -44,10 +44,10 @@ class Launch:
 
     def wrap(self, model: nn.Module, sync_bn: bool) -> nn.Module:
         """The module to call: gradients are averaged over all processes."""
+        if sync_bn:
+            synchronise(model)
         if self.accelerator is None:
             return model
-        if sync_bn and self.world > 1:
-            synchronise(model)
         wrapped: nn.Module = self.accelerator.prepare_model(model)
         return wrapped
 
@@ -117,7 +117,8 @@ def _accelerator(precision: str, device: str | None) -> Any:
         accelerate = importlib.import_module("accelerate")
     except ImportError:
         raise ImportError(
-            "several processes and mixed precision need: pip install accelerate"
+            "several processes and mixed precision need: pip install 'sodfast[train]', or pip "
+            "install accelerate"
         ) from None
     names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
     return accelerate.Accelerator(mixed_precision=names[precision], cpu=device == "cpu")

@@ -94,7 +94,7 @@ class Recipe:
     checkpoint_every: int = 500  # steps
     log_every: int = 50  # steps
     precision: str = "float32"  # or bfloat16, float16: autocast (needs accelerate)
-    sync_bn: bool = False  # several processes: one batch's statistics over all of them
+    sync_bn: bool = False  # statistics over all processes' parts of a batch, summed exactly
 
     def __post_init__(self) -> None:
         for name, smallest in _SMALLEST.items():
