@@ -64,6 +64,8 @@ def show_learning(output: Path) -> None:
         f"\n{before['params']:,} parameters before the elimination, {after['params']:,} after "
         f"({after['params'] / before['params']:.0%}); {time.monotonic() - start:.0f} s"
     )
+    if after["params"] == before["params"]:
+        print("The clock ended the training before any channel had vanished: a busy machine.")
     print(f"\nOn {learn.UNSEEN} scenes of another seed:\n")
     print(f"  {'':18}{'max-F':>8}{'MAE':>8}")
     scores = {}
