@@ -66,13 +66,14 @@ def find(program, starts):
 @triton.jit
 def first_tile(tiles):
     """Part number program_id(1) of so many tiles begins here."""
-    return (tiles.to(tl.int64) * tl.program_id(1) // tl.num_programs(1)).to(tl.int32)
+    return (tl.cast(tiles, tl.int64) * tl.program_id(1) // tl.num_programs(1)).to(tl.int32)
 
 
 @triton.jit
 def end_tile(tiles):
     """And ends here."""
-    return (tiles.to(tl.int64) * (tl.program_id(1) + 1) // tl.num_programs(1)).to(tl.int32)
+    end = tl.cast(tiles, tl.int64) * (tl.program_id(1) + 1)
+    return (end // tl.num_programs(1)).to(tl.int32)
 
 
 @triton.jit

@@ -324,13 +324,16 @@ class _Geometry:
     def constants(self) -> dict:
         outs = power_of_two(max(self.out_channels), 16, 64)
         ins = power_of_two(max(self.in_channels), 16, 64)
+        wide = max(outs, ins)  # 8 values of the gathered tile a thread: more would not fit registers
         return {
             "OPERAND": OPERANDS[self.maps[0].dtype],
             "STRIDE": self.stride,
             "KERNEL": self.kernel,
             "OUTS": outs,
             "INS": ins,
-            "PIXELS": power_of_two(self.height * self.width, 32, 64 if outs + ins > 64 else 128),
+            "PIXELS": 32 if wide > 32 else 64,
+            "num_warps": 4 if wide == 16 else 8,
+            "num_stages": 1,
         }
 
 
