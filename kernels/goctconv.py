@@ -282,7 +282,12 @@ class _Geometry:
     """The checked shapes of one call, as the kernels want them."""
 
     def __init__(
-        self, op: str, xs: Sequence[Tensor], weight: Tensor, out_channels: Sequence[int], stride: int
+        self,
+        op: str,
+        xs: Sequence[Tensor],
+        weight: Tensor,
+        out_channels: Sequence[int],
+        stride: int,
     ) -> None:
         self.maps = check_scales(op, "xs", xs)
         check(stride in (1, 2), op, f"stride must be 1 or 2, got {stride}")
@@ -298,7 +303,9 @@ class _Geometry:
         self.weight = check_shape(op, "weight", weight, shape, self.maps[0])
         for i, x in enumerate(self.maps):
             size = x.shape[2] // stride << i, x.shape[3] // stride << i
-            check(size == (self.height, self.width), op, f"xs[{i}] does not divide by {stride << i}")
+            check(
+                size == (self.height, self.width), op, f"xs[{i}] does not divide by {stride << i}"
+            )
         coarsest = 1 << (len(out_channels) - 1)
         check(
             self.height > 0
@@ -319,12 +326,24 @@ class _Geometry:
         pitches = tuple(x.shape[3] for x in self.maps)
         channels = self.in_channels, self.out_channels
         (first_in, all_in), (first_out, _) = map(cumulate, channels)
-        return *channels, first_in, first_out, all_in, areas, pitches, self.batch, self.height, self.width
+        return (
+            *channels,
+            first_in,
+            first_out,
+            all_in,
+            areas,
+            pitches,
+            self.batch,
+            self.height,
+            self.width,
+        )
 
     def constants(self) -> dict:
         outs = power_of_two(max(self.out_channels), 16, 64)
         ins = power_of_two(max(self.in_channels), 16, 64)
-        wide = max(outs, ins)  # 8 values of the gathered tile a thread: more would not fit registers
+        wide = max(
+            outs, ins
+        )  # 8 values of the gathered tile a thread: more would not fit registers
         return {
             "OPERAND": OPERANDS[self.maps[0].dtype],
             "STRIDE": self.stride,
@@ -401,9 +420,7 @@ def goctconv_grad_weight(
         return found
     constants = shape.constants()
     starts, programs = cumulate(
-        triton.cdiv(outs, constants["OUTS"])
-        * triton.cdiv(ins, constants["INS"])
-        * shape.kernel**2
+        triton.cdiv(outs, constants["OUTS"]) * triton.cdiv(ins, constants["INS"]) * shape.kernel**2
         for outs in shape.out_channels
         for ins in shape.in_channels
     )
@@ -411,8 +428,13 @@ def goctconv_grad_weight(
     parts = count_parts(programs, tiles)
     partials = weight.new_empty((parts, weight.numel()), dtype=torch.float32)
     _grad_weight[(programs, parts)](
-        tuple(gys), tuple(shape.maps), partials, starts, *shape.arguments(),
-        weight.numel(), **constants,
+        tuple(gys),
+        tuple(shape.maps),
+        partials,
+        starts,
+        *shape.arguments(),
+        weight.numel(),
+        **constants,
     )
     sum_parts(partials, [found])
     return found

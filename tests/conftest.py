@@ -13,6 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+import triton_kernels
 
 import sodfast
 from sodfast.ops import _backend
@@ -44,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    reasons = _backend.available()
+    reasons = _backend.available() | triton_kernels.available()
     for name in os.environ.get("SODFAST_REQUIRE", "").replace(",", " ").split():
         reason = reasons.get(name, f"known backends are {', '.join(reasons)}")
         if reason:

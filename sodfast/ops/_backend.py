@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _triton
+
 try:
     import sodfast._C as _C
 except ModuleNotFoundError:
@@ -26,7 +28,6 @@ else:
     _NO_MODULE = ""
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
-_NO_TRITON = "this version of sodfast has no Triton kernels"
 
 # Which ops have a compiled kernel for which device, read once from torch's dispatcher.
 _KERNELS: dict[str, frozenset[str]] = {
@@ -45,13 +46,14 @@ _LIBRARY = torch.library.Library("sodfast", "IMPL")
 
 _requested: str | None = os.environ.get("SODFAST_BACKEND") or None
 _warned: set[str] = set()
+_registered: list[str] = []  # the ops that register() has seen
 
 
 def choose(op: str, x: Tensor) -> str:
     """The backend that runs ``op`` on tensors like ``x``.
 
     Returns "cpu", "cuda", "triton" or "reference". Without a request it is the compiled kernel
-    of x's device, or, with a warning the first time, the reference.
+    of x's device, on a GPU without one Triton's, or, with a warning the first time, the reference.
 
     Raises:
         RuntimeError: the backend asked for by name cannot run this op on this tensor.
@@ -60,7 +62,7 @@ def choose(op: str, x: Tensor) -> str:
     device = x.device.type
     if _requested == "reference" or device == "meta":
         return "reference"
-    candidate = _requested or device
+    candidate = _requested or _first_choice(op, device)
     reason = _refusal(candidate, op, device, x.dtype)
     if reason is None:
         return candidate
@@ -73,10 +75,17 @@ def choose(op: str, x: Tensor) -> str:
     return "reference"
 
 
+def _first_choice(op: str, device: str) -> str:
+    """The backend to try when none was asked for; a device's own has its name."""
+    compiled = op in _KERNELS.get(device, ())
+    triton = device in _triton.GPUS and op in _triton.OPS and _triton.INSTALLED
+    return "triton" if triton and not compiled else device
+
+
 def _refusal(backend: str, op: str, device: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run an op on a device and dtype; None when it can."""
     if backend == "triton":
-        return _NO_TRITON
+        return _NO_MODULE or _triton.refusal(op, device, dtype)
     if backend != device:
         return f"{op} got a tensor on {device}"
     if backend not in _KERNELS or op not in _KERNELS[backend]:
@@ -86,6 +95,10 @@ def _refusal(backend: str, op: str, device: str, dtype: torch.dtype) -> str | No
     if backend == "cpu" and dtype not in _CPU_DTYPES and not torch.is_autocast_enabled("cpu"):
         return f"the cpu kernels take float32 and float64, not {dtype}"
     return None
+
+
+def _triton_is_asked_for() -> bool:
+    return _requested == "triton"
 
 
 def _known(name: str) -> None:
@@ -117,6 +130,9 @@ class use_backend:
             reason = available()[name]
             if reason:
                 raise RuntimeError(f"the backend {name!r} was asked for, but {reason}")
+            if name == "triton":
+                for op in _registered:
+                    _triton.share(op, _triton_is_asked_for)
         self._previous, _requested = _requested, name
 
     def __enter__(self) -> None:
@@ -136,7 +152,8 @@ def available() -> dict[str, str]:
     """Every backend with the reason why it cannot run here; an empty string when it can."""
     no_cuda = "" if _KERNELS["cuda"] else "this build of sodfast has no CUDA kernels"
     no_cpu = "" if _KERNELS["cpu"] else _NO_MODULE or "sodfast._C registered no cpu kernel"
-    return {"cpu": no_cpu, "cuda": no_cuda, "triton": _NO_TRITON, "reference": ""}
+    no_triton = _NO_MODULE or _triton.absent()
+    return {"cpu": no_cpu, "cuda": no_cuda, "triton": no_triton, "reference": ""}
 
 
 def info() -> str:
@@ -162,6 +179,9 @@ def info() -> str:
                 lines.append(f"cpu: SODFAST_CPU_ISA is {wanted!r}, which is none of them.")
         elif name == "reference":
             lines.append("reference: plain torch, always available.")
+        elif name == "triton":
+            how = "interpreted on the CPU, slowly" if _triton.INTERPRETED else "compiled when used"
+            lines.append(f"triton: kernels of the goctconv ops and of decay, {how}.")
         else:
             lines.append(f"{name}: compiled kernels.")
     if _requested is None:
@@ -194,6 +214,10 @@ def register(
     """
     if not any(op in ops for ops in _KERNELS.values()):
         return
+    _registered.append(op)
+    _triton.serve(op)
+    if _requested == "triton":
+        _triton.share(op, _triton_is_asked_for)
     name = f"sodfast::{op}"
     torch.library.register_fake(name, partial(_on_one_device, op, fake))
     if op.endswith("_"):
