@@ -45,102 +45,9 @@ from ._common import (
     power_of_two,
     sum_parts,
 )
+from ._resample import first_maximum, gathered, pooled, strided, upsampled
 
-# ---- one scale as another sees it; planes and known are (channels, 1), row and col (1, pixels) ----
-
-
-@triton.jit
-def _strided(planes, known, row, col, rows, cols, pitch, STRIDE: tl.constexpr):
-    """The map after the stride, rows × cols, zeros outside; pitch is the stored row length."""
-    known = known & ((row >= 0) & (row < rows) & (col >= 0) & (col < cols))
-    at = planes + (STRIDE * row * pitch + STRIDE * col)
-    value = tl.load(at, mask=known, other=0.0).to(tl.float32)
-    if STRIDE == 2:
-        value += tl.load(at + 1, mask=known, other=0.0).to(tl.float32)
-        value += tl.load(at + pitch, mask=known, other=0.0).to(tl.float32)
-        value += tl.load(at + pitch + 1, mask=known, other=0.0).to(tl.float32)
-        value *= 0.25
-    return value
-
-
-@triton.jit
-def _pooled(planes, known, row, col, rows, cols, pitch, level, STRIDE: tl.constexpr):
-    """The maximum over 2^level × 2^level of the map after the stride, whose size is rows × cols."""
-    best = _strided(planes, known, row << level, col << level, rows, cols, pitch, STRIDE)
-    for n in range(1, 1 << (2 * level)):
-        at_row = (row << level) + (n >> level)
-        at_col = (col << level) + (n & ((1 << level) - 1))
-        value = _strided(planes, known, at_row, at_col, rows, cols, pitch, STRIDE)
-        best = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
-    return best
-
-
-@triton.jit
-def _first_maximum(planes, known, row, col, rows, cols, pitch, level, STRIDE: tl.constexpr):
-    """Whether (row, col) of the map after the stride is where its window's maximum comes first."""
-    top, left = row >> level << level, col >> level << level
-    best = _strided(planes, known, top, left, rows, cols, pitch, STRIDE)
-    where = tl.zeros(best.shape, tl.int32)
-    for n in range(1, 1 << (2 * level)):
-        at_row, at_col = top + (n >> level), left + (n & ((1 << level) - 1))
-        value = _strided(planes, known, at_row, at_col, rows, cols, pitch, STRIDE)
-        where = tl.where(value > best, n, where)
-        best = tl.where(value > best, value, best)
-    return where == (row - top << level) + (col - left)
-
-
-@triton.jit
-def _between(fine, size, level):
-    """The coarse neighbours of a fine position, clamped, and the weight of the second."""
-    factor = 1 << level
-    twice = 2 * fine + 1 - factor  # 2 · factor · (source position); never below -2 · factor
-    lower = (twice + 2 * factor >> level + 1) - 1
-    upper = (twice - lower * (2 * factor)).to(tl.float32) / (2 * factor)
-    return tl.maximum(lower, 0), tl.minimum(lower + 1, size - 1), upper
-
-
-@triton.jit
-def _upsampled(planes, known, row, col, down, right, rows, cols, pitch, level,
-               STRIDE: tl.constexpr):  # fmt: skip
-    """Bilinear ×2^level of a map that is first shifted by a tap (down, right); row, col are fine."""
-    known = known & ((row < rows << level) & (col < cols << level))
-    r0, r1, fr = _between(row, rows, level)
-    c0, c1, fc = _between(col, cols, level)
-    r0, r1, c0, c1 = r0 + down, r1 + down, c0 + right, c1 + right
-    above = (1 - fc) * _strided(planes, known, r0, c0, rows, cols, pitch, STRIDE)
-    above += fc * _strided(planes, known, r0, c1, rows, cols, pitch, STRIDE)
-    below = (1 - fc) * _strided(planes, known, r1, c0, rows, cols, pitch, STRIDE)
-    below += fc * _strided(planes, known, r1, c1, rows, cols, pitch, STRIDE)
-    return (1 - fr) * above + fr * below
-
-
-@triton.jit
-def _share(fine, coarse, size, level):
-    """The weight that coarse has in the interpolation of fine, zero where fine is outside."""
-    lower, upper, fraction = _between(fine, size, level)
-    share = tl.where(lower == coarse, 1 - fraction, 0.0) + tl.where(upper == coarse, fraction, 0.0)
-    return tl.where((fine >= 0) & (fine < size << level), share, 0.0)
-
-
-@triton.jit
-def _gathered(planes, known, row, col, rows, cols, level):
-    """The transpose of bilinear ×2^level: what (row, col) of the coarse map, rows × cols, gets."""
-    known = known & ((row >= 0) & (row < rows) & (col >= 0) & (col < cols))
-    total = tl.zeros(known.shape, tl.float32)
-    # A coarse pixel is part of 2 · factor fine ones in each direction; of itself at level 0.
-    around = tl.where(level == 0, 0, 1 << level >> 1)
-    side = (1 << level) + 2 * around
-    for n in range(side * side):
-        r = (row << level) - around + n // side
-        c = (col << level) - around + n % side
-        share = _share(r, row, rows, level) * _share(c, col, cols, level)
-        fine_rows, fine_cols = rows << level, cols << level
-        value = _strided(planes, known & (share > 0), r, c, fine_rows, fine_cols, fine_cols, 1)
-        total += share * value
-    return total
-
-
-# ---- the kernels ----------------------------------------------------------------------------------
+# ---- the kernels --------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -175,10 +82,10 @@ def _forward(xs, weight, bias, slope, ys, starts, in_channels, out_channels, fir
             for tap in range(KERNEL * KERNEL):
                 down, right = tap // KERNEL - KERNEL // 2, tap % KERNEL - KERNEL // 2
                 if i <= j:
-                    x = _pooled(planes, known, row + down, col + right, height >> i, width >> i,
+                    x = pooled(planes, known, row + down, col + right, height >> i, width >> i,
                                 pitch, j - i, STRIDE)  # fmt: skip
                 else:
-                    x = _upsampled(planes, known, row, col, down, right, height >> i, width >> i,
+                    x = upsampled(planes, known, row, col, down, right, height >> i, width >> i,
                                    pitch, i - j, STRIDE)  # fmt: skip
                 w = _weights(weight, begin + o[:, None], pick(first_in, i) + c[None, :], known_w,
                              all_in, tap, KERNEL)  # fmt: skip
@@ -220,15 +127,15 @@ def _grad_input(gys, xs, weight, gxs, starts, in_channels, out_channels, first_i
             for tap in range(KERNEL * KERNEL):
                 down, right = tap // KERNEL - KERNEL // 2, tap % KERNEL - KERNEL // 2
                 if j <= i:
-                    g = _gathered(planes, known_o, row - down, col - right, rows, cols, i - j)
+                    g = gathered(planes, known_o, row - down, col - right, rows, cols, i - j)
                 else:
-                    g = _strided(planes, known_o, (row >> j - i) - down, (col >> j - i) - right,
+                    g = strided(planes, known_o, (row >> j - i) - down, (col >> j - i) - right,
                                  out_rows, out_cols, out_cols, 1)  # fmt: skip
                 w = _weights(weight, pick(first_out, j) + o[None, :], begin + c[:, None],
                              known & (o < outs)[None, :], all_in, tap, KERNEL)  # fmt: skip
                 part = multiply(w, g, part, OPERAND)
         if j > i:
-            maximum = _first_maximum(pick(xs, i) + plane, known, row, col, rows, cols, pitch,
+            maximum = first_maximum(pick(xs, i) + plane, known, row, col, rows, cols, pitch,
                                      j - i, STRIDE)  # fmt: skip
             part = tl.where(maximum, part, 0.0)
         total += part
@@ -265,9 +172,9 @@ def _grad_weight(gys, xs, partials, starts, in_channels, out_channels, first_in,
         p = tile % blocks * PIXELS + tl.arange(0, PIXELS)[None, :]
         row, col = p // cols, p % cols
         gradients = pick(gys, j) + ((b * outs + o) * ((height >> j) * (width >> j)))[:, None]
-        g = _gathered(gradients, (o < outs)[:, None], row, col, rows, cols, coarser - j)
+        g = gathered(gradients, (o < outs)[:, None], row, col, rows, cols, coarser - j)
         values = pick(xs, i) + ((b * ins + c) * pick(areas, i))[:, None]
-        x = _pooled(values, (c < ins)[:, None], row + down, col + right, height >> i, width >> i,
+        x = pooled(values, (c < ins)[:, None], row + down, col + right, height >> i, width >> i,
                     pitch, coarser - i, STRIDE)  # fmt: skip
         total = multiply(g, tl.trans(x), total, OPERAND)
     at = (pick(first_out, j) + o)[:, None] * all_in + (pick(first_in, i) + c)[None, :]
@@ -275,7 +182,7 @@ def _grad_weight(gys, xs, partials, starts, in_channels, out_channels, first_in,
     tl.store(partials + at, total, mask=(o < outs)[:, None] & (c < ins)[None, :])
 
 
-# ---- the ops ---------------------------------------------------------------------------------------
+# ---- the ops ------------------------------------------------------------------------------------
 
 
 class _Geometry:

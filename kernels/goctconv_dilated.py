@@ -25,7 +25,6 @@ from ._common import (
     bias_prelu,
     check,
     check_scales,
-    check_shape,
     check_shapes,
     check_vector,
     count_parts,
