@@ -188,8 +188,10 @@ def check_shape(op: str, name: str, x: Tensor, shape: Sequence[int], like: Tenso
 def check_shapes(
     op: str, name: str, xs: Sequence[Tensor], shapes: Sequence[Sequence[int]], like: Tensor
 ) -> list[Tensor]:
-    """:func:`check_shape` of a list with one tensor per scale."""
+    """:func:`check_shape` of a list with one tensor per scale, all of one dtype."""
     check(len(xs) == len(shapes), op, f"{name} must hold {len(shapes)} tensors, got {len(xs)}")
+    dtypes = {x.dtype for x in xs}
+    check(len(dtypes) == 1, op, f"{name} must have one dtype, got {dtypes}")
     pairs = enumerate(zip(xs, shapes))
     return [check_shape(op, f"{name}[{i}]", x, shape, like) for i, (x, shape) in pairs]
 

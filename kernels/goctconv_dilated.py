@@ -170,8 +170,6 @@ class _Geometry:
         ins = [w.shape[1] for w in weights]
         shapes = [(o, c, 3, 3) for o, c in zip(outs, ins)]
         self.weights = check_shapes(op, "weights", weights, shapes, maps[0])
-        dtypes = {w.dtype for w in weights}
-        check(len(dtypes) == 1, op, f"weights are of different dtypes: {dtypes}")
         self.in_shapes = [(x.shape[0], c, *x.shape[2:]) for x, c in zip(maps, ins)]
         self.out_shapes = [(x.shape[0], o, *x.shape[2:]) for x, o in zip(maps, outs)]
         self.ins, self.outs, self.branches = tuple(ins), tuple(outs), tuple(out_channels)

@@ -18,6 +18,7 @@ import test_goctconv_norm_act
 import torch
 from op_cases import Call, Source
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_kernels import BACKENDS, HALVES, available, check_kernels, device_of, running
 
 import sodfast
@@ -330,6 +331,23 @@ def test_environment_asks_for_triton() -> None:
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.parametrize("device", _triton.GPUS)
+def test_gpus_without_compiled_kernels_get_triton(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    if not _triton.INSTALLED or _backend._KERNELS.get(device):
+        pytest.skip("there are compiled kernels, or no Triton")
+    monkeypatch.setattr(_backend, "_requested", None)
+    monkeypatch.setattr(_backend, "_warned", set())
+    with FakeTensorMode():  # tensors with a device, but without memory
+        x, wide = (torch.empty(1, device=device, dtype=t) for t in (torch.half, torch.double))
+        assert _backend.choose("goctconv", x) == _backend.choose("decay_", x) == "triton"
+        with pytest.warns(UserWarning, match="slower reference: the Triton kernels .*float64"):
+            assert _backend.choose("goctconv", wide) == "reference"
+    for op in _triton.OPS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sodfast::{op}", device.upper())
 
 
 def test_the_refusals_name_their_reason() -> None:
