@@ -62,6 +62,10 @@ $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: requir
 
 $(STAMPS)/test: requirements/demo.txt requirements/docs.txt requirements/train.txt
 
+$(STAMPS)/triton: requirements/triton.txt $(STAMPS)/base
+	@$(PY) -c 'import triton' 2>/dev/null || $(PIP) install --quiet -r $<
+	@touch $@
+
 $(STAMPS)/build: $(BUILD_INPUTS) $(STAMPS)/base
 	@requirements/check_tools.sh $(PY) '$(CXX)'
 	@echo 'building the extension (under a minute)'
@@ -73,10 +77,10 @@ $(STAMPS)/build: $(BUILD_INPUTS) $(STAMPS)/base
 demo: $(STAMPS)/build $(STAMPS)/demo
 	@$(PY) demo/run.py $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(ARGS)
 
-test: $(STAMPS)/build $(STAMPS)/test
+test: $(STAMPS)/build $(STAMPS)/test $(STAMPS)/triton
 	$(PY) -m pytest -q --durations=10 $(ARGS)
 
-test-full: $(STAMPS)/build $(STAMPS)/test
+test-full: $(STAMPS)/build $(STAMPS)/test $(STAMPS)/triton
 	$(PY) -m pytest -q --durations=20 --full $(ARGS)
 
 # all four say what they have to say, then the status is that of the worst

@@ -15,6 +15,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+INTERPRETED = """
+import torch, sodfast
+x, weight = torch.rand(1, 2, 4, 4), torch.rand(2, 1, 3, 3)
+found = sodfast.ops.goctconv_depthwise([x], weight)
+torch.testing.assert_close(found, sodfast.ops.goctconv_depthwise_reference([x], weight))
+print("the Triton kernels, interpreted: ok")
+"""
+
 
 def outside(path: Path, tree: Path) -> bool:
     return tree not in path.resolve().parents
@@ -40,8 +48,15 @@ def main(tree: Path) -> None:
         if not outside(Path(compiled.__file__ or ""), tree):
             raise SystemExit(f"sodfast._C comes from the source tree: {compiled.__file__}")
     for name in required:
-        sodfast.use_backend(name)  # an error if it cannot run
+        if name in sodfast.ops._backend.BACKENDS:  # others are built for the tests alone
+            sodfast.use_backend(name)  # an error if it cannot run
     sodfast.use_backend(None)
+    if "triton-interpreted" in required:
+        subprocess.run(
+            [sys.executable, "-c", INTERPRETED],
+            env={**os.environ, "TRITON_INTERPRET": "1", "SODFAST_BACKEND": "triton"},
+            check=True,
+        )
 
     torch.manual_seed(0)
     block = sodfast.nn.ILBlock((6, 5), (7, 4))
