@@ -52,11 +52,11 @@ struct Tile {
 
   const Arguments<T>& a;
   Shared& shared;
-  int s;              // target scale
-  int64_t b;          // sample
-  int y0, x0, out0;   // first row, column and channel of the tile
-  int outs;           // channels of it, at most 32
-  int group, pixel;   // of this thread
+  int s;             // target scale
+  int64_t b;         // sample
+  int y0, x0, out0;  // first row, column and channel of the tile
+  int outs;          // channels of it, at most 32
+  int group, pixel;  // of this thread
   A sum[pixels_per_thread][outs_per_thread] = {};
 
   __device__ __forceinline__ int row() const { return y0 + pixel / (side / pixels_per_thread); }
@@ -89,8 +89,8 @@ struct Tile {
     for (int e = static_cast<int>(threadIdx.x); e < count * k2 * width; e += static_cast<int>(blockDim.x)) {
       const int o = e / (count * k2), rest = e - o * count * k2, c = rest / k2, t = rest - c * k2;
       const int64_t source = source0 + c, target = target0 + o;
-      const int64_t at_weight = backward ? (source * a.weight_cols + target) * k2 + (k2 - 1 - t)
-                                         : (target * a.weight_cols + source) * k2 + t;
+      const int64_t at_weight =
+          backward ? (source * a.weight_cols + target) * k2 + (k2 - 1 - t) : (target * a.weight_cols + source) * k2 + t;
       shared.weights[rest][o] = o < outs ? widen(a.weight[at_weight]) : A(0);
     }
   }
@@ -106,8 +106,8 @@ struct Tile {
         for (int p = 0; p < n_sums + k - 1; ++p) x[p] = shared.values[c][first + dy * n_pitch + p];
 #pragma unroll
         for (int dx = 0; dx < k; ++dx) {
-          const auto* w = reinterpret_cast<const Pack<A, 4>*>(
-              &shared.weights[c * k2 + dy * k + dx][group * outs_per_thread]);
+          const auto* w =
+              reinterpret_cast<const Pack<A, 4>*>(&shared.weights[c * k2 + dy * k + dx][group * outs_per_thread]);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const Pack<A, 4> weights = w[half];
@@ -122,7 +122,8 @@ struct Tile {
   }
 
   __device__ __forceinline__ void add_finer(int i) {
-    const int first = pixel / (side / pixels_per_thread) * pitch + pixel % (side / pixels_per_thread) * pixels_per_thread;
+    const int first =
+        pixel / (side / pixels_per_thread) * pitch + pixel % (side / pixels_per_thread) * pixels_per_thread;
     for (int64_t c = 0; c < a.from.channels[i]; c += chunk) {
       const int count = static_cast<int>(least<int64_t>(chunk, a.from.channels[i] - c));
       stage(i, c, count, s, y0 - halo, x0 - halo, tile_side, pitch);
@@ -144,8 +145,7 @@ struct Tile {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int q = pixel + half * group_threads;
-        if (q < n * n && group * outs_per_thread < outs)
-          multiply(count, q / n * staged + q % n, staged, sums[half]);
+        if (q < n * n && group * outs_per_thread < outs) multiply(count, q / n * staged + q % n, staged, sums[half]);
       }
       __syncthreads();
     }
@@ -172,7 +172,8 @@ struct Tile {
 
   // Pixel p of this thread reads the coarse results bilinearly.
   __device__ __forceinline__ void add_between(int f, int n, int top, int left, int p) {
-    const Bilinear<A> v(row(), f, static_cast<int>(a.to.rows(s)) / f), h(col() + p, f, static_cast<int>(a.to.cols(s)) / f);
+    const Bilinear<A> v(row(), f, static_cast<int>(a.to.rows(s)) / f),
+        h(col() + p, f, static_cast<int>(a.to.cols(s)) / f);
     const int upper = (v.first - top) * n - left, lower = (v.second - top) * n - left;
 #pragma unroll
     for (int o = 0; o < outs_per_thread; ++o) {
@@ -257,8 +258,7 @@ struct Tile {
 };
 
 template <class T, int k, bool backward>
-__global__ void __launch_bounds__(group_threads* most_groups)
-    convolve(const __grid_constant__ Arguments<T> a) {
+__global__ void __launch_bounds__(group_threads* most_groups) convolve(const __grid_constant__ Arguments<T> a) {
   using Work = Tile<T, k, backward>;
   __shared__ typename Work::Shared shared;
   int64_t rest, part;

@@ -19,9 +19,9 @@ template <class T>
 struct Arguments {
   Pyramid maps;
   const T* xs[max_scales];
-  T* ys[max_scales];          // or, in the gradient to the weight, the gradients
+  T* ys[max_scales];  // or, in the gradient to the weight, the gradients
   const T* gys[max_scales];
-  bool aligned[max_scales];   // rows of whole, aligned packs
+  bool aligned[max_scales];  // rows of whole, aligned packs
   const T *weight, *bias, *slope;
   int64_t dilation;
   bool flip;

@@ -32,9 +32,12 @@ struct Taps {
   int inside = 0, rows = 0, cols = 0;
   int dilation;
   __device__ __forceinline__ Taps(int64_t wanted, int y, int x, int rows, int cols)
-      : rows(rows), cols(cols), dilation(static_cast<int>(least<int64_t>(wanted, 1 << 30))) {
+      : rows(rows),
+        cols(cols),
+        dilation(static_cast<int>(least<int64_t>(wanted, 1 << 30))) {
     for (int t = 0; t < 9; ++t) {
-      const int64_t yy = int64_t(y) + (t / 3 - 1) * int64_t(dilation), xx = int64_t(x) + (t % 3 - 1) * int64_t(dilation);
+      const int64_t yy = int64_t(y) + (t / 3 - 1) * int64_t(dilation),
+                    xx = int64_t(x) + (t % 3 - 1) * int64_t(dilation);
       if (yy >= 0 && yy < rows && xx >= 0 && xx < cols) inside |= 1 << t;
     }
   }

@@ -96,8 +96,7 @@ cudaError_t goctconv_grad_weight(Type type, const GOctConvShape& shape, Pointers
     problem.shape = shape;
     for (int s = 0; s < shape.out.scales; ++s) problem.gys[s] = static_cast<const T*>(gys[s]);
     for (int s = 0; s < shape.in.scales; ++s) problem.xs[s] = static_cast<const T*>(xs[s]);
-    const int64_t slices = plan(shape, problem.first),
-                  patches = problem.first[shape.out.scales * shape.in.scales],
+    const int64_t slices = plan(shape, problem.first), patches = problem.first[shape.out.scales * shape.in.scales],
                   weights = shape.out.total() * shape.in.total() * shape.kernel * shape.kernel;
     A* sums = static_cast<A*>(workspace);
     const cudaError_t error = launch(outer_product<Problem<T>, rows_per_thread>, patches * slices, outer_threads,

@@ -16,7 +16,7 @@ struct Vector {
   Type type = Type::f32;
 };
 
-using Pointers = const void* const*;         // one per scale
+using Pointers = const void* const*;  // one per scale
 using MutablePointers = void* const*;
 
 // Convolutions add bias (null: zero) and apply PReLU with slope (null: none) to what they write.
@@ -31,8 +31,8 @@ cudaError_t goctconv_grad_weight(Type, const GOctConvShape&, Pointers gys, Point
                                  cudaStream_t);
 
 // weight: [maps.total(), 3, 3]; flip turns the kernel around (the gradient to the input).
-cudaError_t depthwise(Type, const DepthwiseShape&, Pointers xs, const void* weight, const void* bias,
-                      const void* slope, bool flip, MutablePointers ys, cudaStream_t);
+cudaError_t depthwise(Type, const DepthwiseShape&, Pointers xs, const void* weight, const void* bias, const void* slope,
+                      bool flip, MutablePointers ys, cudaStream_t);
 int64_t depthwise_grad_weight_workspace(Type, const DepthwiseShape&);
 cudaError_t depthwise_grad_weight(Type, const DepthwiseShape&, Pointers gys, Pointers xs, void* gweight,
                                   void* workspace, cudaStream_t);
