@@ -67,7 +67,7 @@ $(STAMPS)/test: requirements/demo.txt requirements/docs.txt requirements/train.t
 
 $(STAMPS)/build: $(BUILD_INPUTS) $(STAMPS)/base
 	@requirements/check_tools.sh $(PY) '$(CXX)'
-	@echo 'building the extension (under a minute)'
+	@echo 'building the extension (under a minute; with nvcc a few)'
 	@$(PIP) install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 

@@ -6,6 +6,7 @@ cuda-on-host` builds them into a library with a namespace of its own, and inside
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
@@ -56,9 +57,11 @@ def running(backend: str) -> Iterator[None]:
         return
     _load()
     library = torch.library.Library("sodfast", "IMPL")
-    for op in OPS:
-        kernel = getattr(torch.ops.sodfast_cuda_on_host, op).default
-        library.impl(op, kernel, "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that a kernel is overridden: as is meant
+        for op in OPS:
+            kernel = getattr(torch.ops.sodfast_cuda_on_host, op).default
+            library.impl(op, kernel, "CPU", allow_override=True)
     dtypes = mock.patch.object(_backend, "_CPU_DTYPES", dtypes_of(backend))
     try:
         with dtypes, sodfast.use_backend("cpu"):

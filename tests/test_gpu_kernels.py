@@ -34,7 +34,7 @@ from sodfast.ops import (
 from sodfast.optim import DynamicWeightDecay, parameter_groups
 
 pytestmark = pytest.mark.usefixtures("compiled")
-EXAMPLES = 30  # a thread on the host costs as much as hundreds on a GPU
+EXAMPLES = 12  # a thread on the host costs as much as hundreds on a GPU
 
 
 @pytest.fixture(params=BACKENDS)
@@ -140,7 +140,8 @@ def test_norm_act_of_half_precision_maps_keeps_its_parameters(
         eps = torch.finfo(dtype).eps if halves else 1e-5
         if i >= 5 and not halves:
             eps = 2e-2  # sums over all pixels, some of which change sides of zero
-        torch.testing.assert_close(t.double(), x, rtol=2 * eps, atol=2 * eps * x.abs().max().item())
+        atol = 2 * eps * max(x.abs().max().item(), 1e-2)  # a mean next to 0 is a sum that cancels
+        torch.testing.assert_close(t.double(), x, rtol=2 * eps, atol=atol)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
@@ -267,8 +268,13 @@ def test_a_training_step_trains_as_the_cpu_does(gpu: str, small_csnet) -> None:
             place = torch.device("cpu") if where == "reference" else device
             model.to(place)
             model(x.to(place)).square().mean().backward()
-        found.append([p.grad.cpu() for p in model.parameters()])
+        # The reference does not reach what an absent scale would need.
+        found.append(
+            [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+        )
+    assert sum(a.any() for a in found[0]) > 20
     for a, b in zip(*found):
+        b = b.cpu()
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4 * max(a.abs().max().item(), 1e-6))
 
 

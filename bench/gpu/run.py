@@ -1,6 +1,6 @@
-"""The benchmark on a GPU: ops, CSNet's inference and its training step, against torch and the limit.
+"""The benchmark on a GPU: ops, CSNet's inference and training step, against torch and the limit.
 
-    python bench/gpu/run.py --kind op|inference|training [--case TEXT] [--variants A,B] [--seconds S]
+    python bench/gpu/run.py --kind op|inference|training [--case TEXT] [--variants A,B]
 
 A row is one case in one form: median, p20 and p80 of the time on the device, peak memory, and
 the share of the limit (the bytes that must move over the measured bandwidth of a copy). Rows
@@ -30,6 +30,7 @@ from rows import fill_ratios  # noqa: E402
 
 from gpu.forms import FORMS, limit_bytes  # noqa: E402
 from gpu.works import Work, works  # noqa: E402
+from sodfast.ops import _backend  # noqa: E402
 from sodfast.weights import atomic_write  # noqa: E402
 
 COLUMNS = """
@@ -69,7 +70,7 @@ def main() -> int:
             fill_ratios(rows)
             print(table(rows), flush=True)
             append(rows)
-            status |= any(row.get("reason") and not row["baseline"] for row in rows)
+            status |= any(row.get("failed") for row in rows)
     return status
 
 
@@ -87,10 +88,15 @@ def rows_of(
             "dtype": work.dtype, "variant": form.name, "baseline": form.baseline, "bytes": moved,
             "copy_gb_per_s": bandwidth / 1e9, "limit_ms": 1e3 * moved / bandwidth,
         }  # fmt: skip
+        missing = _backend.available()[form.backend]
+        if missing:
+            yield {**row, "reason": missing}
+            continue
         try:
             timed = time_of(lambda form=form: form.prepare(work), seconds)
         except Exception as error:
             row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            row["failed"] = not form.baseline
         else:
             p20, middle, p80 = (1e3 * t for t in np.percentile(timed.seconds, [20, 50, 80]))
             row.update(
@@ -162,7 +168,7 @@ def append(rows: list[dict[str, Any]]) -> None:
         with open(RESULTS, newline="", encoding="utf-8") as file:
             old = list(csv.DictReader(file))
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(old)
     for row in rows:
