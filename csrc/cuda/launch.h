@@ -14,6 +14,7 @@
 
 namespace sodfast::cuda {
 
+#if defined(SODFAST_CUDA_ON_HOST) || defined(__CUDACC__)  // the bindings know the runtime's types, and start nothing
 // Starts `blocks` blocks of `threads` threads; none is no launch. Parameters travel by value (32 KB at most).
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, [[maybe_unused]] cudaStream_t stream,
@@ -28,5 +29,6 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, [
   return cudaGetLastError();
 #endif
 }
+#endif
 
 }  // namespace sodfast::cuda
