@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,23 @@ def test_every_source_is_built() -> None:
     text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
     (names,) = re.findall(r"set\(CUDA_KERNELS ([^)]*)\)", text)
     assert sorted(names.split()) == [path.stem for path in SOURCES]
+
+
+def test_the_module_registers_every_op() -> None:
+    """Where it was built; it must load beside a torch without CUDA too."""
+    code = (
+        "import torch, sodfast\n"
+        "import sodfast._C_cuda as module\n"
+        "print(module.build_info())\n"
+        "from gpu_kernels import OPS\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "missing = [op for op in OPS if not has(f'sodfast::{op}', 'CUDA')]\n"
+        "assert not missing, missing\n"
+    )
+    if not list((ROOT / "sodfast").glob("_C_cuda*.so")):
+        pytest.skip("sodfast._C_cuda was not built")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sm_90" in done.stdout
