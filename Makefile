@@ -20,6 +20,7 @@ PY := $(VENV)/bin/python
 PIP := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pip --disable-pip-version-check --no-cache-dir
 
 NATIVE := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
+CUDA_ON_HOST := build/cuda_on_host
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(filter csrc/%,$(NATIVE))
 
 # Libraries that keep caches in the home directory or in the temporary one keep them here.
@@ -27,7 +28,7 @@ export XDG_CACHE_HOME := $(CURDIR)/.cache
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 
-.PHONY: help demo test test-full lint format bench sanitize wheel sdist pictures clean distclean
+.PHONY: help demo test test-full lint format bench gpu cuda-on-host sanitize wheel sdist pictures clean distclean
 
 help:
 	@echo 'make demo       layers at work, a network that learns, maps of photos (WEIGHTS=FILE: yours)'
@@ -36,6 +37,8 @@ help:
 	@echo 'make lint       ruff, clang-format, mypy; changes nothing'
 	@echo 'make format     rewrites the source the way make lint wants it'
 	@echo 'make bench      the benchmark; ARGS="--op goctconv" goes on to bench/run.py'
+	@echo 'make gpu        on a machine with a GPU: builds, tests, checks and times the CUDA kernels'
+	@echo 'make cuda-on-host  the CUDA kernels as a library that the tests run without a GPU'
 	@echo 'make sanitize   the native kernels under the address and undefined-behaviour sanitizers'
 	@echo 'make wheel      dist/sodfast-*.whl; make sdist: dist/sodfast-*.tar.gz'
 	@echo 'make pictures   redraws docs/images'
@@ -68,19 +71,30 @@ $(STAMPS)/triton: requirements/triton.txt $(STAMPS)/base
 
 $(STAMPS)/build: $(BUILD_INPUTS) $(STAMPS)/base
 	@requirements/check_tools.sh $(PY) '$(CXX)'
-	@echo 'building the extension (under a minute)'
+	@echo 'building the extension (under a minute; with nvcc a few)'
 	@$(PIP) install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
+
+# The CUDA kernels run on the host, for the tests: a few seconds of compiling, no nvcc.
+$(STAMPS)/cuda-on-host: $(BUILD_INPUTS) tests/native/cuda_on_host.h $(STAMPS)/base
+	@echo 'building the CUDA kernels for the host'
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B $(CUDA_ON_HOST) -G Ninja -DSODFAST_CUDA_ON_HOST=ON \
+	    -DTORCH_DIR="$$($(PY) -c 'from importlib.util import find_spec as f; print(f("torch").submodule_search_locations[0])')" \
+	    >/dev/null
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(CUDA_ON_HOST) --target sodfast_cuda_on_host
+	@touch $@
+
+cuda-on-host: $(STAMPS)/cuda-on-host
 
 # ---- work -----------------------------------------------------------------------------------
 
 demo: $(STAMPS)/build $(STAMPS)/demo
 	@$(PY) demo/run.py $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(ARGS)
 
-test: $(STAMPS)/build $(STAMPS)/test $(STAMPS)/triton
+test: $(STAMPS)/build $(STAMPS)/test $(STAMPS)/cuda-on-host $(STAMPS)/triton
 	$(PY) -m pytest -q --durations=10 $(ARGS)
 
-test-full: $(STAMPS)/build $(STAMPS)/test $(STAMPS)/triton
+test-full: $(STAMPS)/build $(STAMPS)/test $(STAMPS)/cuda-on-host $(STAMPS)/triton
 	$(PY) -m pytest -q --durations=20 --full $(ARGS)
 
 # all four say what they have to say, then the status is that of the worst
@@ -103,8 +117,13 @@ bench: $(STAMPS)/build
 sanitize: $(STAMPS)/base
 	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Debug \
 	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DSODFAST_SANITIZE=ON -DSODFAST_NATIVE_TESTS=ON
-	$(VENV)/bin/cmake --build build/sanitize --target sodfast_native_tests
+	$(VENV)/bin/cmake --build build/sanitize --target sodfast_native_tests sodfast_cuda_on_host_tests
 	build/sanitize/sodfast_native_tests $(ARGS)
+	build/sanitize/sodfast_cuda_on_host_tests $(ARGS)
+
+# Uses the Python and the torch that are there (PYTHON=…), not .venv: they know the GPU.
+gpu:
+	$(PYTHON) bench/gpu/stages.py $(ARGS)
 
 wheel: $(STAMPS)/base
 	$(PIP) wheel --no-build-isolation --no-deps -w dist .

@@ -1,4 +1,4 @@
-"""Builds sodfast._C with CMake and Ninja against the torch that is installed.
+"""Builds sodfast._C (and _C_cuda, see CMakeLists.txt) against the torch that is installed.
 
 No network, no GPU probing; CMakeLists.txt says what is built.
 """
@@ -32,7 +32,7 @@ def version() -> str:
 
 
 class CMakeBuild(build_ext):
-    """Hands the one extension to CMake; setuptools only says where the result belongs."""
+    """Hands the extension to CMake; setuptools only says where the result belongs."""
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
@@ -59,6 +59,13 @@ class CMakeBuild(build_ext):
                 sys.exit(f"sodfast needs cmake and ninja to build: {NEEDS}")
             except subprocess.CalledProcessError:
                 sys.exit("sodfast: building sodfast._C failed; the lines above say why")
+
+    def copy_extensions_to_source(self) -> None:
+        """In an editable install, also the module that setuptools knows nothing of."""
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib).resolve() / "sodfast"
+        for module in built.glob("_C_cuda.*"):
+            self.copy_file(str(module), str(HERE / "sodfast" / module.name))
 
 
 setup(

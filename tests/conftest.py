@@ -1,7 +1,8 @@
 """What all tests share: the data beside the checkout, the backends, the long forms, the skips.
 
-SODFAST_REQUIRE=cpu,… names backends that must be there: without one of them the session fails
-at once, where it would otherwise skip that backend's tests. --full runs the long forms.
+SODFAST_REQUIRE=cpu,cuda-on-host,… names backends that must be there: without one of them the
+session fails at once, where it would otherwise skip that backend's tests. --full runs the long
+forms.
 """
 
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gpu_kernels
 import hypothesis
 import pytest
 import torch
@@ -45,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    reasons = _backend.available() | triton_kernels.available()
+    reasons = _backend.available() | gpu_kernels.available() | triton_kernels.available()
     for name in os.environ.get("SODFAST_REQUIRE", "").replace(",", " ").split():
         reason = reasons.get(name, f"known backends are {', '.join(reasons)}")
         if reason:

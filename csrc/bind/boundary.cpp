@@ -1,5 +1,5 @@
 // torch.ops.sodfast.boundary and structure_polishing_sums, and their gradients, on the CPU.
-#include "bind/common.h"
+#include "bind/cpu.h"
 
 namespace sodfast {
 namespace {

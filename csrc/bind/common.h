@@ -1,5 +1,5 @@
-// What every binding needs: checks that name the argument, contiguous inputs, outputs, and torch's threads for the
-// kernels. The only folder that includes torch; everything goes through its stable ABI.
+// What every binding needs: checks that name the argument, contiguous inputs, outputs. The only folder that includes
+// torch; everything goes through its stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "common/shapes.h"
-#include "cpu/kernels.h"
 
 namespace sodfast {
 
@@ -40,8 +39,36 @@ inline std::string shape_of(const Tensor& t) {
   return s.str();
 }
 
+// What the library that is being compiled serves: the CPU's kernels, CUDA's, or CUDA's run on the host in tests.
+#ifdef SODFAST_BIND_CUDA
+constexpr const char* known_dtypes = "float32, float16 or bfloat16";
+#else
+constexpr const char* known_dtypes = "float32 or float64";
+#endif
+#if defined(SODFAST_BIND_CUDA) && !defined(SODFAST_CUDA_ON_HOST)
+constexpr const char* known_device = "a CUDA device";
+inline bool on_known_device(const Tensor& t) { return t.is_cuda(); }
+#else
+constexpr const char* known_device = "the CPU";
+inline bool on_known_device(const Tensor& t) { return t.is_cpu(); }
+#endif
+inline bool is_known(ScalarType type) {
+#ifdef SODFAST_BIND_CUDA
+  if (type == ScalarType::Half || type == ScalarType::BFloat16) return true;
+#endif
+#if !defined(SODFAST_BIND_CUDA) || defined(SODFAST_CUDA_ON_HOST)
+  if (type == ScalarType::Double) return true;
+#endif
+  return type == ScalarType::Float;
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  check(on_known_device(t), op, name, " must be on ", known_device);
+  check(t.get_device_index() == like.get_device_index(), op, name, " is on another device than the first tensor");
+}
+
 inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  check(t.is_cpu(), op, name, " must be on the CPU");
+  check_device(op, name, t, like);
   check(t.scalar_type() == like.scalar_type(), op, name, " has another dtype than the first tensor");
 }
 
@@ -60,8 +87,7 @@ inline Pyramid pyramid_of(const char* op, const char* name, const Tensors& xs) {
     const Tensor& x = xs[s];
     check(x.dim() == 4, op, name, "[", s, "] must have 4 dimensions (B, C, H, W), got ", shape_of(x));
     check_like(op, name, x, xs[0]);
-    check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, op, name,
-          " must be float32 or float64");
+    check(is_known(x.scalar_type()), op, name, " must be ", known_dtypes);
     if (s == 0) p.batch = x.size(0), p.height = x.size(2), p.width = x.size(3);
     check(x.size(0) == p.batch, op, name, "[", s, "] has batch ", x.size(0), ", scale 0 has ", p.batch);
     check(x.size(2) << s == p.height && x.size(3) << s == p.width && x.size(2) > 0 && x.size(3) > 0, op, name, "[", s,
@@ -97,28 +123,6 @@ inline Tensors empty_pyramid(const Tensor& like, const Pyramid& p) {
   return out;
 }
 
-// Data pointers of a list; T is float or double, already checked.
-template <class T>
-std::vector<const T*> read(const Tensors& xs) {
-  std::vector<const T*> p;
-  for (const Tensor& x : xs) p.push_back(static_cast<const T*>(x.const_data_ptr()));
-  return p;
-}
-template <class T>
-std::vector<T*> write(const Tensors& xs) {
-  std::vector<T*> p;
-  for (const Tensor& x : xs) p.push_back(static_cast<T*>(x.mutable_data_ptr()));
-  return p;
-}
-template <class T>
-const T* read(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-template <class T>
-T* write(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
-
 // An optional per-channel vector, checked and contiguous; keeps it alive while the kernel reads it.
 struct Optional {
   std::optional<Tensor> tensor;
@@ -127,22 +131,11 @@ struct Optional {
     check_vector(op, name, *t, n, like);
     tensor = torch::stable::contiguous(*t);
   }
+  const void* get() const { return tensor.has_value() ? tensor->const_data_ptr() : nullptr; }
   template <class T>
   const T* get() const {
-    return tensor.has_value() ? read<T>(*tensor) : nullptr;
+    return static_cast<const T*>(get());
   }
 };
-
-// Calls f(float()) or f(double()).
-template <class F>
-void for_dtype(const Tensor& like, const F& f) {
-  like.scalar_type() == ScalarType::Float ? f(float()) : f(double());
-}
-
-inline Parallel torch_threads() {
-  return {[](int64_t n, int64_t grain, Parallel::Body body, void* context) {
-    torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
-  }};
-}
 
 }  // namespace sodfast

@@ -1,5 +1,5 @@
 // torch.ops.sodfast.goctconv_norm_act, its gradient, and the update of the running statistics on the CPU.
-#include "bind/common.h"
+#include "bind/cpu.h"
 
 namespace sodfast {
 namespace {

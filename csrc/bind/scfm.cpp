@@ -1,7 +1,7 @@
 // torch.ops.sodfast.scfm and its gradients on the CPU.
 #include <tuple>
 
-#include "bind/common.h"
+#include "bind/cpu.h"
 
 namespace sodfast {
 namespace {

@@ -4,6 +4,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define SODFAST_HOST_DEVICE __host__ __device__
+#else
+#define SODFAST_HOST_DEVICE
+#endif
+
 namespace sodfast {
 
 constexpr int max_scales = 4;
@@ -13,15 +19,15 @@ struct Pyramid {
   int64_t batch = 0, height = 0, width = 0;  // height and width of scale 0
   int64_t channels[max_scales] = {};
 
-  int64_t rows(int s) const { return height >> s; }
-  int64_t cols(int s) const { return width >> s; }
-  int64_t area(int s) const { return rows(s) * cols(s); }
-  int64_t begin(int s) const {  // first channel of scale s among all
+  SODFAST_HOST_DEVICE int64_t rows(int s) const { return height >> s; }
+  SODFAST_HOST_DEVICE int64_t cols(int s) const { return width >> s; }
+  SODFAST_HOST_DEVICE int64_t area(int s) const { return rows(s) * cols(s); }
+  SODFAST_HOST_DEVICE int64_t begin(int s) const {  // first channel of scale s among all
     int64_t sum = 0;
     for (int i = 0; i < s; ++i) sum += channels[i];
     return sum;
   }
-  int64_t total() const { return begin(scales); }
+  SODFAST_HOST_DEVICE int64_t total() const { return begin(scales); }
 };
 
 // Cross-scale convolution. `in` holds the inputs' stored sizes; `out` those after the stride, which are also the

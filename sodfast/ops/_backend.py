@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from . import _triton
 
@@ -27,6 +28,24 @@ except ImportError as error:  # built against something else, or a damaged file
 else:
     _NO_MODULE = ""
 
+
+def _load_cuda() -> str:
+    """Register the CUDA kernels where torch can run them; otherwise say why not."""
+    if _C is None:
+        return _NO_MODULE
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) has no CUDA"
+    try:
+        import sodfast._C_cuda  # noqa: F401
+    except ModuleNotFoundError:
+        return "the module sodfast._C_cuda is not there (sodfast was built without nvcc)"
+    except ImportError as error:
+        return f"the module sodfast._C_cuda could not be loaded ({error})"
+    return ""
+
+
+_NO_CUDA_MODULE = _load_cuda()
+
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 # Which ops have a compiled kernel for which device, read once from torch's dispatcher.
@@ -40,6 +59,7 @@ _KERNELS: dict[str, frozenset[str]] = {
     for device in ("cpu", "cuda")
 }
 _CPU_DTYPES = (torch.float32, torch.float64)
+_CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Holds what register() adds for in-place ops; torch forgets it when this object goes.
 _LIBRARY = torch.library.Library("sodfast", "IMPL")
@@ -91,9 +111,13 @@ def _refusal(backend: str, op: str, device: str, dtype: torch.dtype) -> str | No
     if backend not in _KERNELS or op not in _KERNELS[backend]:
         if backend == "cpu" and _NO_MODULE:
             return _NO_MODULE
+        if backend == "cuda" and _NO_CUDA_MODULE:
+            return _NO_CUDA_MODULE
         return f"this build of sodfast has no {backend} kernel for {op}"
     if backend == "cpu" and dtype not in _CPU_DTYPES and not torch.is_autocast_enabled("cpu"):
         return f"the cpu kernels take float32 and float64, not {dtype}"
+    if backend == "cuda" and dtype not in _CUDA_DTYPES:
+        return f"the cuda kernels take float32, float16 and bfloat16, not {dtype}"
     return None
 
 
@@ -150,7 +174,9 @@ class use_backend:
 
 def available() -> dict[str, str]:
     """Every backend with the reason why it cannot run here; an empty string when it can."""
-    no_cuda = "" if _KERNELS["cuda"] else "this build of sodfast has no CUDA kernels"
+    no_cuda = _NO_CUDA_MODULE
+    if not no_cuda and not torch.cuda.is_available():
+        no_cuda = "torch finds no CUDA device here"
     no_cpu = "" if _KERNELS["cpu"] else _NO_MODULE or "sodfast._C registered no cpu kernel"
     no_triton = _NO_MODULE or _triton.absent()
     return {"cpu": no_cpu, "cuda": no_cuda, "triton": no_triton, "reference": ""}
@@ -182,6 +208,14 @@ def info() -> str:
         elif name == "triton":
             how = "interpreted on the CPU, slowly" if _triton.INTERPRETED else "compiled when used"
             lines.append(f"triton: kernels of the goctconv ops and of decay, {how}.")
+        elif name == "cuda":
+            import sodfast._C_cuda as cuda
+
+            build = cuda.build_info()
+            lines.append(
+                f"cuda: compiled kernels for {build['architectures'].replace(' ', ', ')}, built by "
+                f"{build['compiler']}."
+            )
         else:
             lines.append(f"{name}: compiled kernels.")
     if _requested is None:
@@ -204,13 +238,15 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
     autocast: bool = True,
+    half_on_cuda: bool = False,
 ) -> None:
     """Add the Python side of a compiled op: fake, autograd formula, autocast rule.
 
     An op without a backward is a gradient itself: differentiating it is refused, where torch
     would warn and go on with zeros. An op whose name ends in "_" works in place: it has no
     gradient, and a graph that still needs the old values raises. Does nothing when no compiled
-    module has defined the op.
+    module has defined the op. Under autocast an op runs in float32 on the CPU; on CUDA it takes
+    its tensors as they come, or with `half_on_cuda` in the dtype of the autocast.
     """
     if not any(op in ops for ops in _KERNELS.values()):
         return
@@ -227,6 +263,25 @@ def register(
         torch.library.register_autograd(name, formula, setup_context=setup_context)
     if autocast:  # tiny activations and variances: half precision is no good on the CPU
         torch.library.register_autocast(name, "cpu", torch.float32)
+    if half_on_cuda:
+        _register_autocast_on_cuda(op)
+
+
+def _register_autocast_on_cuda(op: str) -> None:
+    """As torch.library.register_autocast, but to the dtype that each autocast asks for."""
+    overload = getattr(torch.ops.sodfast, op).default
+    key = torch._C.DispatchKey.AutocastCUDA
+
+    def cast(x: Tensor) -> Tensor:
+        eligible = x.is_cuda and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(torch.get_autocast_dtype("cuda")) if eligible else x
+
+    @overload.py_impl(key)
+    def run(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return overload(*tree_map_only(Tensor, cast, args))
+
+    _LIBRARY.impl(op, lambda _, *args: run(*args), "AutocastCUDA", with_keyset=True)
 
 
 def _on_one_device(op: str, fake: Callable[..., Any], *args: Any) -> Any:

@@ -34,9 +34,10 @@ def decay_(
         factors: f, (C_i,); empty: 1.
         absolute: average |S| instead of S.
 
-    All tensors share one device and one dtype (float32 or float64 in compiled kernels, other
-    floating dtypes by the reference), and what is modified is contiguous. NaN and infinity
-    propagate; a γ without samples becomes NaN, as 0/0.
+    All tensors share one device and one dtype (float32 or float64 in the CPU kernels, float32,
+    float16 or bfloat16 in the CUDA kernels, other floating dtypes by the reference), and what
+    is modified is contiguous. NaN and infinity propagate; a γ without samples becomes NaN, as
+    0/0.
 
     Raises:
         TypeError: an integer dtype, or dtypes that differ.

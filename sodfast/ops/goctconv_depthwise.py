@@ -33,8 +33,9 @@ def goctconv_depthwise(
         slope: (sum of C_i,), PReLU slopes applied last; None = no activation. It is meant for
             inference: the compiled op refuses to differentiate through it.
 
-    All tensors share one device and one dtype (float32 or float64 in compiled kernels, other
-    floating dtypes by the reference; under autocast on the CPU everything runs in float32).
+    All tensors share one device and one dtype (float32 or float64 in the CPU kernels, float32,
+    float16 or bfloat16 in the CUDA kernels, other floating dtypes by the reference; under
+    autocast everything runs in float32 on the CPU and in the autocast's dtype on CUDA).
     NaN and infinity propagate.
 
     Returns:
@@ -110,6 +111,12 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple:
     return grad_xs, grad_weight, grad_bias, None, None
 
 
-register("goctconv_depthwise", fake=_fake, backward=_backward, setup_context=_setup_context)
+register(
+    "goctconv_depthwise",
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+    half_on_cuda=True,
+)
 register("goctconv_depthwise_grad_input", fake=_fake_grad_input)
 register("goctconv_depthwise_grad_weight", fake=_fake_grad_weight)

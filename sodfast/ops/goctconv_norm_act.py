@@ -43,8 +43,10 @@ def goctconv_norm_act(
             B·H·W) instead of the running ones.
         eps: added to the variance; at least 0.
 
-    All tensors share one device and one dtype (float32 or float64 in compiled kernels, other
-    floating dtypes by the reference; under autocast on the CPU everything runs in float32).
+    All tensors share one device and one dtype (float32 or float64 in the CPU kernels, float32,
+    float16 or bfloat16 in the CUDA kernels, other floating dtypes by the reference). Under
+    autocast everything runs in float32 on the CPU; on CUDA the parameters and what is said of
+    the batch stay float32 beside xs in half precision.
     NaN and infinity propagate.
 
     Returns:
@@ -98,7 +100,7 @@ def goctconv_norm_act_reference(
         ys.append(x)
         means.append(mean)
         variances.append(var)
-    channel_means = torch.cat([y.detach().mean((2, 3)) for y in ys], dim=1)
+    channel_means = torch.cat([y.detach().mean((2, 3)) for y in ys], dim=1).to(weight.dtype)
     return ys, torch.cat(means).detach(), torch.cat(variances).detach(), channel_means
 
 
@@ -174,7 +176,7 @@ def _fake(
     eps: float,
 ) -> NormActResult:
     ys = [x.new_empty(x.shape) for x in xs]
-    channel_means = xs[0].new_empty(xs[0].shape[0], weight.shape[0])
+    channel_means = weight.new_empty(xs[0].shape[0], weight.shape[0])
     return ys, weight.new_empty(weight.shape), weight.new_empty(weight.shape), channel_means
 
 

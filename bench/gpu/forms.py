@@ -1,0 +1,170 @@
+"""The forms in which a case runs on a GPU, and the bytes that every form must move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import sodfast
+from gpu.works import DTYPES, Work
+from sodfast.optim import DynamicWeightDecay, parameter_groups
+
+LEAVES = (
+    sodfast.nn.GOctConv, sodfast.nn.SimplifiedGOctConv, sodfast.nn.DilatedBank,
+    sodfast.nn.NormAct, nn.Conv2d,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of running a case; prepare returns the call that is timed.
+
+    bf16 is autocast for the baselines and in training, as it is used; in inference ours runs
+    networks whose parameters are bfloat16 too.
+    """
+
+    name: str
+    backend: str
+    baseline: bool = False
+    channels_last: bool = False
+    compiled: bool = False
+    graph: bool = False
+
+    def prepare(self, work: Work) -> Callable[[], Any]:
+        sodfast.use_backend(self.backend)
+        module, xs = work.build()
+        half = work.dtype != "fp32"
+        whole = half and not self.baseline and not work.training
+        if whole:
+            module, xs = module.to(DTYPES[work.dtype]), [x.to(DTYPES[work.dtype]) for x in xs]
+        elif half and work.layer:  # what reaches a layer under autocast
+            xs = [x.to(DTYPES[work.dtype]) for x in xs]
+        if self.channels_last:
+            module = module.to(memory_format=torch.channels_last)
+            xs = [x.contiguous(memory_format=torch.channels_last) for x in xs]
+        autocast = half and not whole
+        make = _training_step if work.kind == "training" else _op_step
+        if work.kind != "training" and not work.training:
+            make = _inference_step
+        step = make(module, xs, not work.layer, autocast, self.compiled)
+        return _captured(step) if self.graph else step
+
+
+FORMS = [
+    Form("eager", "reference", baseline=True),
+    Form("eager channels_last", "reference", baseline=True, channels_last=True),
+    Form("compile max-autotune", "reference", baseline=True, compiled=True),
+    Form("triton", "triton"),
+    Form("triton graph", "triton", graph=True),
+    Form("cuda", "cuda"),
+    Form("cuda graph", "cuda", graph=True),
+]
+
+
+def _call(module: nn.Module, xs: list[Tensor], single: bool) -> Any:
+    return module(xs[0]) if single else module(xs)
+
+
+def _compiled(function: Callable[..., Any], wanted: bool) -> Callable[..., Any]:
+    return torch.compile(function, mode="max-autotune") if wanted else function
+
+
+def _inference_step(
+    module: nn.Module, xs: list[Tensor], single: bool, autocast: bool, compiled: bool
+) -> Callable[[], Any]:
+    run = _compiled(module, compiled)
+
+    def step() -> Any:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            return _call(run, xs, single)
+
+    return step
+
+
+def _op_step(
+    module: nn.Module, xs: list[Tensor], single: bool, autocast: bool, compiled: bool
+) -> Callable[[], Any]:
+    """Forward and backward of a layer, with the gradients of its inputs and parameters."""
+    image = not single and xs[0].shape[1] == 3
+    xs = [x.requires_grad_(not image) for x in xs]
+    leaves = [x for x in [*xs, *module.parameters()] if x.requires_grad]
+    run = _compiled(module, compiled)
+
+    def forward() -> list[Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            return [y for y in tree_leaves(_call(run, xs, single)) if y.requires_grad]
+
+    grads = [1e-3 * torch.randn_like(y) for y in forward()]
+    return lambda: torch.autograd.grad(forward(), leaves, grads, allow_unused=True)
+
+
+def _training_step(
+    module: nn.Module, xs: list[Tensor], single: bool, autocast: bool, compiled: bool
+) -> Callable[[], Any]:
+    """Forward, loss, backward, dynamic weight decay and Adam; capturable as a whole."""
+    target = (torch.rand_like(xs[0][:, :1]) > 0.5).float()
+    adam = torch.optim.Adam(parameter_groups(module), lr=1e-4, capturable=True)
+    optimizer = DynamicWeightDecay(adam, module)
+    run = _compiled(module, compiled)
+
+    def step() -> Any:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            logits = run(xs[0])
+        F.binary_cross_entropy_with_logits(logits.float(), target).backward()
+        optimizer.step()
+
+    return step
+
+
+def _captured(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The step as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def limit_bytes(work: Work) -> int:
+    """What every layer must move: input, output and parameters once forward.
+
+    The backward reads the input and the gradient of the output and writes that of the input,
+    and reads and writes parameters' worth once more each. A network's layers are summed as if
+    nothing were fused across them.
+    """
+    module = work.module().to("meta")
+    total = 0
+
+    def add(layer: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        nonlocal total
+        numbers = [
+            sum(x.numel() for x in tree_leaves(group) if isinstance(x, Tensor))
+            for group in (args, result, list(layer.parameters(recurse=True)))
+        ]
+        weights = (3, 2, 3) if work.training else (1, 1, 1)
+        total += sum(n * w for n, w in zip(numbers, weights))
+
+    hooks = [m.register_forward_hook(add) for m in module.modules() if isinstance(m, LEAVES)]
+    xs = [torch.empty(shape, device="meta") for shape in work.shapes()]
+    with torch.no_grad(), sodfast.use_backend("reference"):
+        _call(module, xs, not work.layer)
+    for hook in hooks:
+        hook.remove()
+    return total * DTYPES[work.dtype].itemsize

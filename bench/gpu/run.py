@@ -1,0 +1,182 @@
+"""The benchmark on a GPU: ops, CSNet's inference and training step, against torch and the limit.
+
+    python bench/gpu/run.py --kind op|inference|training [--case TEXT] [--variants A,B]
+
+A row is one case in one form: median, p20 and p80 of the time on the device, peak memory, and
+the share of the limit (the bytes that must move over the measured bandwidth of a copy). Rows
+are appended to bench/results/gpu.csv after every case; docs/gpu.md says what they mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import gc
+import io
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+from base import revision_of  # noqa: E402
+from rows import fill_ratios  # noqa: E402
+
+from gpu.forms import FORMS, limit_bytes  # noqa: E402
+from gpu.works import Work, works  # noqa: E402
+from sodfast.ops import _backend  # noqa: E402
+from sodfast.weights import atomic_write  # noqa: E402
+
+COLUMNS = """
+    date revision device torch kind name case batch dtype variant baseline samples median_ms
+    p20_ms p80_ms bytes copy_gb_per_s limit_ms share_of_limit peak_mb best_baseline ratio reason
+""".split()
+RESULTS = ROOT / "bench" / "results" / "gpu.csv"
+
+
+class Timed(NamedTuple):
+    seconds: list[float]
+    peak: int  # bytes above what was allocated before
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Times sodfast on a GPU.")
+    parser.add_argument("--kind", choices=("op", "inference", "training"), required=True)
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--variants", default="", help="only these, separated by commas")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of timing per row")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench/gpu: torch finds no CUDA device here", file=sys.stderr)
+        return 2
+    known = [form.name for form in FORMS]
+    chosen = args.variants.split(",") if args.variants else known
+    for name in chosen:
+        if name not in known:
+            parser.error(f"unknown variant {name!r}; known are {', '.join(known)}")
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: a copy moves "
+          f"{bandwidth / 1e9:.0f} GB/s")  # fmt: skip
+    status = 0
+    for work in works(args.kind):
+        if args.case in work.label:
+            rows = list(rows_of(work, chosen, bandwidth, args.seconds))
+            fill_ratios(rows)
+            print(table(rows), flush=True)
+            append(rows)
+            status |= any(row.get("failed") for row in rows)
+    return status
+
+
+def rows_of(
+    work: Work, chosen: list[str], bandwidth: float, seconds: float
+) -> Iterator[dict[str, Any]]:
+    moved = limit_bytes(work)
+    for form in FORMS:
+        if form.name not in chosen:
+            continue
+        row: dict[str, Any] = {
+            "date": datetime.date.today().isoformat(), "revision": revision_of(ROOT),
+            "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+            "kind": work.kind, "name": work.name, "case": work.label, "batch": work.batch,
+            "dtype": work.dtype, "variant": form.name, "baseline": form.baseline, "bytes": moved,
+            "copy_gb_per_s": bandwidth / 1e9, "limit_ms": 1e3 * moved / bandwidth,
+        }  # fmt: skip
+        missing = _backend.available()[form.backend]
+        if missing:
+            yield {**row, "reason": missing}
+            continue
+        try:
+            timed = time_of(lambda form=form: form.prepare(work), seconds)
+        except Exception as error:
+            row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            row["failed"] = not form.baseline
+        else:
+            p20, middle, p80 = (1e3 * t for t in np.percentile(timed.seconds, [20, 50, 80]))
+            row.update(
+                samples=len(timed.seconds), median_ms=middle, p20_ms=p20, p80_ms=p80,
+                share_of_limit=row["limit_ms"] / middle, peak_mb=timed.peak / 2**20,
+            )  # fmt: skip
+        yield row
+
+
+def time_of(prepare: Callable[[], Callable[[], Any]], seconds: float) -> Timed:
+    """Times each call on the device, after a warm-up that compiles and fills torch's caches."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    step = prepare()
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    one = min(event_seconds(step, 3))
+    return Timed(event_seconds(step, int(min(max(seconds / max(one, 1e-6), 10), 2000))), peak)
+
+
+def event_seconds(step: Callable[[], Any], calls: int) -> list[float]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for start, end in events:
+        start.record()
+        step()
+        end.record()
+    torch.cuda.synchronize()
+    return [1e-3 * start.elapsed_time(end) for start, end in events]
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a copy far larger than any cache."""
+    source = torch.rand(2**28, device="cuda")
+    target = torch.empty_like(source)
+    target.copy_(source)
+    seconds = event_seconds(lambda: target.copy_(source), 20)
+    return 2 * source.numel() * source.element_size() / float(np.median(seconds))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    first = rows[0]
+    lines = [f"{first['name']} · {first['case']} · {first['dtype']} · "
+             f"limit {first['limit_ms']:.4f} ms"]  # fmt: skip
+    for row in rows:
+        if row.get("reason"):
+            lines.append(f"  {row['variant']:<24}  not measured: {row['reason']}")
+            continue
+        lines.append(
+            f"  {row['variant']:<24}{row['median_ms']:10.4f}{row['p20_ms']:10.4f}"
+            f"{row['p80_ms']:10.4f} ms{row['share_of_limit']:8.1%} of the limit"
+            f"{row['peak_mb']:9.1f} MB{row.get('ratio') or float('nan'):7.2f} x best"
+        )
+    return "\n".join(lines)
+
+
+def append(rows: list[dict[str, Any]]) -> None:
+    old: list[dict[str, Any]] = []
+    if RESULTS.exists():
+        with open(RESULTS, newline="", encoding="utf-8") as file:
+            old = list(csv.DictReader(file))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(old)
+    for row in rows:
+        writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(RESULTS) as file:
+        file.write(text.getvalue().encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

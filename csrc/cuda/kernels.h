@@ -1,0 +1,88 @@
+// What the CUDA kernels offer, torch-free: device pointers to contiguous (B, C, H, W) planes, a stream, and an error
+// code back. Shapes are checked by the caller. Nothing here waits for the device or allocates: where a kernel needs
+// memory between two launches the caller hands it in. Results are the same bit for bit on every run.
+#pragma once
+
+#include "common/shapes.h"
+#include "cuda/launch.h"
+
+namespace sodfast::cuda {
+
+enum class Type { f32, f16, bf16, f64 };  // f64 only where the kernels run on the host, for tests
+
+// One number per channel, in a type of its own: under mixed precision parameters stay float32.
+struct Vector {
+  void* data = nullptr;
+  Type type = Type::f32;
+};
+
+using Pointers = const void* const*;  // one per scale
+using MutablePointers = void* const*;
+
+// Convolutions add bias (null: zero) and apply PReLU with slope (null: none) to what they write.
+// weight: [out.total(), in.total(), k, k].
+cudaError_t goctconv(Type, const GOctConvShape&, Pointers xs, const void* weight, const void* bias, const void* slope,
+                     MutablePointers ys, cudaStream_t);
+cudaError_t goctconv_grad_input(Type, const GOctConvShape&, Pointers gys, Pointers xs, const void* weight,
+                                MutablePointers gxs, cudaStream_t);
+// workspace: so many bytes; its contents do not matter.
+int64_t goctconv_grad_weight_workspace(Type, const GOctConvShape&);
+cudaError_t goctconv_grad_weight(Type, const GOctConvShape&, Pointers gys, Pointers xs, void* gweight, void* workspace,
+                                 cudaStream_t);
+
+// weight: [maps.total(), 3, 3]; flip turns the kernel around (the gradient to the input).
+cudaError_t depthwise(Type, const DepthwiseShape&, Pointers xs, const void* weight, const void* bias, const void* slope,
+                      bool flip, MutablePointers ys, cudaStream_t);
+int64_t depthwise_grad_weight_workspace(Type, const DepthwiseShape&);
+cudaError_t depthwise_grad_weight(Type, const DepthwiseShape&, Pointers gys, Pointers xs, void* gweight,
+                                  void* workspace, cudaStream_t);
+
+// weights[s]: [out.channels[s], in.channels[s], 3, 3], the branches one after the other.
+cudaError_t dilated(Type, const DilatedShape&, Pointers xs, Pointers weights, const void* bias, const void* slope,
+                    MutablePointers ys, cudaStream_t);
+cudaError_t dilated_grad_input(Type, const DilatedShape&, Pointers gys, Pointers weights, MutablePointers gxs,
+                               cudaStream_t);
+int64_t dilated_grad_weight_workspace(Type, const DilatedShape&);
+cudaError_t dilated_grad_weight(Type, const DilatedShape&, Pointers gys, Pointers xs, MutablePointers gweights,
+                                void* workspace, cudaStream_t);
+
+// gamma, beta, slope, mean, var: [total]. Training fills mean and var (biased) from the batch, otherwise they are
+// copied from running_mean and running_var. channel_means: [batch, total], the spatial mean of the result.
+struct NormActParameters {
+  Vector gamma, beta, slope;
+};
+int64_t norm_act_workspace(Type, const Pyramid&);
+cudaError_t norm_act(Type, const Pyramid&, Pointers xs, const NormActParameters&, Vector running_mean,
+                     Vector running_var, double eps, bool training, Vector mean, Vector var, MutablePointers ys,
+                     Vector channel_means, void* workspace, cudaStream_t);
+int64_t norm_act_backward_workspace(Type, const Pyramid&);
+cudaError_t norm_act_backward(Type, const Pyramid&, Pointers gys, Pointers xs, const NormActParameters&, Vector mean,
+                              Vector var, double eps, bool training, MutablePointers gxs, Vector ggamma, Vector gbeta,
+                              Vector gslope, void* workspace, cudaStream_t);
+// running = (1 - momentum) · running + momentum · batch, for channels[s] channels of counts[s] values each.
+struct StatisticsUpdate {
+  int scales = 0;
+  int64_t channels[max_scales] = {}, counts[max_scales] = {};
+  double momentum = 0;
+};
+cudaError_t update_stats(const StatisticsUpdate&, Vector running_mean, Vector running_var, Vector mean, Vector var,
+                         cudaStream_t);
+
+// One vector of γ under dynamic weight decay. Pointers to [channels] but for means; null where there is none.
+struct DecayLayer {
+  int64_t channels = 0, samples = 0;
+  const void* means = nullptr;    // [samples, channels]
+  const void* factors = nullptr;  // null: 1
+  void *weight = nullptr, *grad = nullptr, *exp_avg = nullptr, *exp_avg_sq = nullptr;
+};
+struct AdamStep {
+  double lr, beta1, beta2, eps;
+  int64_t step;  // from 1
+};
+// Adds λ f mean|means| γ to the gradients where a layer has one, otherwise takes it from γ. One launch for all layers
+// (for every 256 of them). With adam, also Adam's step, the decay decoupled or not; it only reads the gradients.
+cudaError_t decay(Type, const DecayLayer*, int64_t layers, double lambda, bool absolute, cudaStream_t);
+cudaError_t adam_decay(Type, const DecayLayer*, int64_t layers, double lambda, bool absolute, bool decoupled,
+                       const AdamStep&, cudaStream_t);
+
+}  // namespace sodfast::cuda

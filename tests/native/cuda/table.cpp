@@ -1,0 +1,143 @@
+// The CUDA kernels, run on the host, behind the table of the CPU kernels: the same cases then test both. Linked in
+// place of csrc/cpu. SODFAST_CUDA_ON_HOST makes csrc/cuda compile with a C++ compiler.
+#include <cstring>
+#include <vector>
+
+#include "check.h"
+#include "cuda/kernels.h"
+
+namespace sodfast {
+namespace {
+
+void check(cudaError_t error, const char* kernel) {
+  if (error != cudaSuccess) test::fail(std::string(kernel) + " was refused", error, 0);
+}
+
+template <class T>
+constexpr cuda::Type type = sizeof(T) == 8 ? cuda::Type::f64 : cuda::Type::f32;
+
+template <class T>
+cuda::Pointers in(const T* const* p) {
+  return reinterpret_cast<cuda::Pointers>(p);
+}
+template <class T>
+cuda::MutablePointers out(T* const* p) {
+  return reinterpret_cast<cuda::MutablePointers>(p);
+}
+template <class T>
+cuda::Vector vector(const T* p) {
+  return {const_cast<T*>(p), type<T>};
+}
+
+// Exactly as large as was asked for, so that AddressSanitizer sees a kernel that takes more; full of NaN.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : data_(std::malloc(static_cast<size_t>(bytes))) {
+    std::memset(data_, 0xff, static_cast<size_t>(bytes));
+  }
+  ~Workspace() { std::free(data_); }
+  Workspace(const Workspace&) = delete;
+  operator void*() const { return data_; }
+
+ private:
+  void* data_;
+};
+
+template <class T>
+Kernels<T> table() {
+  Kernels<T> k{};
+  k.goctconv = [](const GOctConvShape& shape, const T* const* xs, const T* weight, const T* bias, const T* slope,
+                  T* const* ys, const Parallel&) {
+    check(cuda::goctconv(type<T>, shape, in(xs), weight, bias, slope, out(ys), nullptr), "goctconv");
+  };
+  k.goctconv_grad_input = [](const GOctConvShape& shape, const T* const* gys, const T* const* xs, const T* weight,
+                             T* const* gxs, const Parallel&) {
+    check(cuda::goctconv_grad_input(type<T>, shape, in(gys), in(xs), weight, out(gxs), nullptr), "grad_input");
+  };
+  k.goctconv_grad_weight = [](const GOctConvShape& shape, const T* const* gys, const T* const* xs, T* gweight,
+                              const Parallel&) {
+    const Workspace workspace(cuda::goctconv_grad_weight_workspace(type<T>, shape));
+    check(cuda::goctconv_grad_weight(type<T>, shape, in(gys), in(xs), gweight, workspace, nullptr), "grad_weight");
+  };
+  k.depthwise = [](const DepthwiseShape& shape, const T* const* xs, const T* weight, const T* bias, const T* slope,
+                   bool flip, T* const* ys, const Parallel&) {
+    check(cuda::depthwise(type<T>, shape, in(xs), weight, bias, slope, flip, out(ys), nullptr), "depthwise");
+  };
+  k.depthwise_grad_weight = [](const DepthwiseShape& shape, const T* const* gys, const T* const* xs, T* gweight,
+                               const Parallel&) {
+    const Workspace workspace(cuda::depthwise_grad_weight_workspace(type<T>, shape));
+    check(cuda::depthwise_grad_weight(type<T>, shape, in(gys), in(xs), gweight, workspace, nullptr), "depthwise grad");
+  };
+  k.dilated = [](const DilatedShape& shape, const T* const* xs, const T* const* weights, const T* bias, const T* slope,
+                 T* const* ys, const Parallel&) {
+    check(cuda::dilated(type<T>, shape, in(xs), in(weights), bias, slope, out(ys), nullptr), "dilated");
+  };
+  k.dilated_grad_input = [](const DilatedShape& shape, const T* const* gys, const T* const* weights, T* const* gxs,
+                            const Parallel&) {
+    check(cuda::dilated_grad_input(type<T>, shape, in(gys), in(weights), out(gxs), nullptr), "dilated grad_input");
+  };
+  k.dilated_grad_weight = [](const DilatedShape& shape, const T* const* gys, const T* const* xs, T* const* gweights,
+                             const Parallel&) {
+    const Workspace workspace(cuda::dilated_grad_weight_workspace(type<T>, shape));
+    check(cuda::dilated_grad_weight(type<T>, shape, in(gys), in(xs), out(gweights), workspace, nullptr),
+          "dilated grad_weight");
+  };
+  k.norm_act = [](const Pyramid& maps, const T* const* xs, const T* gamma, const T* beta, const T* slope, T eps,
+                  bool training, T* mean, T* var, T* const* ys, T* channel_means, const Parallel&) {
+    const size_t n = static_cast<size_t>(maps.total());
+    const std::vector<T> running_mean(mean, mean + n), running_var(var, var + n);
+    const Workspace workspace(cuda::norm_act_workspace(type<T>, maps));
+    check(cuda::norm_act(type<T>, maps, in(xs), {vector(gamma), vector(beta), vector(slope)},
+                         vector(running_mean.data()), vector(running_var.data()), eps, training, vector(mean),
+                         vector(var), out(ys), vector(channel_means), workspace, nullptr),
+          "norm_act");
+  };
+  k.norm_act_backward = [](const Pyramid& maps, const T* const* gys, const T* const* xs, const T* gamma, const T* beta,
+                           const T* slope, const T* mean, const T* var, T eps, bool training, T* const* gxs, T* ggamma,
+                           T* gbeta, T* gslope, const Parallel&) {
+    const Workspace workspace(cuda::norm_act_backward_workspace(type<T>, maps));
+    check(cuda::norm_act_backward(type<T>, maps, in(gys), in(xs), {vector(gamma), vector(beta), vector(slope)},
+                                  vector(mean), vector(var), eps, training, out(gxs), vector(ggamma), vector(gbeta),
+                                  vector(gslope), workspace, nullptr),
+          "norm_act_backward");
+  };
+  const auto layers_of = [](const DecayLayer<T>* layers, int64_t number) {
+    std::vector<cuda::DecayLayer> list;
+    for (int64_t i = 0; i < number; ++i) {
+      const DecayLayer<T>& l = layers[i];
+      list.push_back({l.channels, l.samples, l.means, l.factors, l.weight, l.grad, l.exp_avg, l.exp_avg_sq});
+    }
+    return list;
+  };
+  static const auto convert = layers_of;
+  k.decay = [](const DecayLayer<T>* layers, int64_t number, double lambda, bool absolute) {
+    check(cuda::decay(type<T>, convert(layers, number).data(), number, lambda, absolute, nullptr), "decay");
+  };
+  k.adam_decay = [](const DecayLayer<T>* layers, int64_t number, double lambda, bool absolute, bool decoupled,
+                    const AdamStep& a) {
+    check(cuda::adam_decay(type<T>, convert(layers, number).data(), number, lambda, absolute, decoupled,
+                           {a.lr, a.beta1, a.beta2, a.eps, a.step}, nullptr),
+          "adam_decay");
+  };
+  return k;
+}
+
+}  // namespace
+
+template <>
+const Kernels<float>& kernels<float>() {
+  static const Kernels<float> k = table<float>();
+  return k;
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  static const Kernels<double> k = table<double>();
+  return k;
+}
+const char* cpu_isa() { return "cuda-on-host"; }
+int cpu_isa_count() { return 1; }
+const char* cpu_isa_name(int) { return "cuda-on-host"; }
+bool cpu_isa_unknown() { return false; }
+bool set_cpu_isa(const char*) { return true; }
+
+}  // namespace sodfast
