@@ -22,13 +22,15 @@ __all__ = ["Run", "ablate", "as_markdown", "plan"]
 
 
 class Run(NamedTuple):
-    """One training run of an ablation. folder: its name below the ablation's folder."""
+    """One training run of an ablation. folder: its name below the ablation's folder. teacher:
+    the weights that it distils, where the ablation compares teachers."""
 
     series: str
     point: str
     seed: int
     folder: str
     recipe: Recipe
+    teacher: str = ""
 
     @property
     def label(self) -> str:
@@ -36,46 +38,70 @@ class Run(NamedTuple):
 
 
 def plan(
-    ablation: Ablation, recipe: str | os.PathLike[str], settings: Sequence[str] = (), seeds: int = 1
+    ablation: Ablation,
+    recipe: str | os.PathLike[str] | None = None,
+    settings: Sequence[str] = (),
+    seeds: int = 1,
+    teachers: Sequence[str | os.PathLike[str]] = (),
 ) -> list[Run]:
     """The runs of an ablation: all labels with the first seed, then with the next.
 
-    recipe, settings: as of `sodfast.recipe.load_recipe`; what the ablation varies comes last.
-    seeds: how many per label, from the recipe's on.
+    recipe, settings: as of `sodfast.recipe.load_recipe`; what the ablation varies comes last;
+    without a recipe the ablation's own. seeds: how many per label, from the recipe's on.
+    teachers: weight files, for an ablation that compares them.
 
-    Raises ValueError for a setting that the ablation itself varies, and what load_recipe raises.
+    Raises ValueError for a setting that the ablation itself varies and for teachers that are
+    missing, alike or out of place, and what load_recipe raises.
     """
+    recipe = recipe or ablation.recipe
     for setting in settings:
         key = setting.partition("=")[0].strip()
         if key in ablation.varied:
             raise ValueError(f"{key} is what this ablation varies: it cannot be set")
+    if ablation.taught != bool(teachers):
+        raise ValueError(
+            "this ablation compares teachers: name at least one"
+            if ablation.taught
+            else f"this ablation has no teacher, got {os.fspath(teachers[0])}"
+        )
+    listed: list[tuple[str, str, dict[str, Any], str]]
+    listed = [(*run, "") for run in ablation.runs]
+    for path in map(Path, teachers):
+        # Training calls all its results alike: then the folder says which run it was.
+        name = path.parent.name if path.stem in ("weights", "trained") else path.stem
+        listed.append((name or path.stem, "", {}, str(path)))
     first = load_recipe(recipe, settings).seed
     runs = []
     for seed in range(first, first + seeds):
-        for series, point, varied in ablation.runs:
+        for series, point, varied, teacher in listed:
             own = {**varied, "seed": seed}
             words = [f"{key}={json.dumps(value)}" for key, value in own.items()]
             folder = re.sub(r"[^\w.×]+", "-", f"{series} {point} seed {seed}".replace("  ", " "))
-            runs.append(Run(series, point, seed, folder, load_recipe(recipe, [*settings, *words])))
+            if any(run.folder == folder for run in runs):
+                raise ValueError(f"two teachers are called {series!r}: rename {teacher}")
+            each = load_recipe(recipe, [*settings, *words])
+            runs.append(Run(series, point, seed, folder, each, teacher))
     return runs
 
 
 def ablate(
     ablation: Ablation,
     runs: Sequence[Run],
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | None,
     folder: str | os.PathLike[str],
     val: str | os.PathLike[str] | None = None,
     device: str | None = None,
     cache_folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    images: str | os.PathLike[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains what is not trained yet, and returns a row per label; folder/table.md, table.json
     and plot.png (where matplotlib is installed) are written after every run.
 
     runs: from :func:`plan`. A run that has its results.json is not run again, one that was
-    killed is resumed. Other arguments, and errors, as of `sodfast.train.train`; ValueError also
-    where a run in the folder was done with other settings.
+    killed is resumed. images: without ground truth, for runs that have a teacher; data may then
+    be None. Other arguments, and errors, as of `sodfast.train.train`; ValueError also where a
+    run in the folder was done with other settings.
     """
     folder = Path(folder)
     done: list[tuple[Run, dict[str, Any]]] = []
@@ -86,8 +112,8 @@ def ablate(
             if progress:
                 print(f"run {number} of {len(runs)}: {run.label}", file=sys.stderr)
             train(
-                run.recipe, data, place, val, resume=True, device=device,
-                cache_folder=cache_folder, progress=progress,
+                run.recipe, data, place, val, resume=True, device=device, cache_folder=cache_folder,
+                progress=progress, teacher=run.teacher or None, images=images,
             )  # fmt: skip
         if os.environ.get("RANK", "0") != "0":  # under torchrun the first process writes
             continue
@@ -103,8 +129,9 @@ def _finished(run: Run, place: Path) -> bool:
     """Whether the run is there; a ValueError where another one is."""
     if not (place / "results.json").is_file():
         return False
-    then = read_log(place, "start")[-1]["recipe"]
-    differs = [key for key, value in run.recipe.as_dict().items() if then.get(key) != value]
+    # A setting that came later than the run was at its default then.
+    then = {**Recipe().as_dict(), **read_log(place, "start")[-1]["recipe"]}
+    differs = [key for key, value in run.recipe.as_dict().items() if then[key] != value]
     if differs:
         raise ValueError(
             f"{place} was run with other settings ({', '.join(differs)}): choose another folder"

@@ -20,23 +20,34 @@ class Ablation:
     title: of table and plot. paper: the figures and tables where the papers answer it. runs:
     (series, point, settings of :class:`sodfast.recipe.Recipe` as `--set` names them). by_epoch:
     plot validation scores over epochs instead of the closing scores over the network's cost.
+    recipe: what all runs share, where nobody says otherwise. taught: the runs are not listed
+    here but one per teacher that is given; each distils it into the recipe's network.
     """
 
     title: str
     paper: str
     runs: tuple[tuple[str, str, dict[str, Any]], ...]
     by_epoch: bool = False
+    recipe: str = "csnet-fast"
+    taught: bool = False
 
     @property
     def varied(self) -> set[str]:
         """The settings that all runs set."""
-        return set.intersection(*(set(settings) for _, _, settings in self.runs))
+        each = [set(settings) for _, _, settings in self.runs]
+        return set.intersection(*each) if each else set()
 
 
 # Without λ_d the γ decay as everything else does; with it as the recipe says.
 _DECAYS: tuple[tuple[str, dict[str, Any]], ...] = (("standard", {"lambda_d": 0.0}), ("dynamic", {}))
 _FIXED = {"lambda_d": 0.0, "prune": False}  # channels
 _AS_PAPERS = {"prune_mode": "paper"}  # the criterion alone decides
+_LOSSES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("BCE", {"loss": "bce", "boundary": "1"}),  # without SP the boundary is not looked at
+    ("Dice", {"loss": "dice", "boundary": "1"}),
+    *((f"SP, k {k}", {"loss": "sp", "boundary": str(k)}) for k in (13, 5, 1)),
+    ("SP, progressive", {"loss": "sp", "boundary": "paper"}),
+)
 
 ABLATIONS = {
     "lambda": Ablation(
@@ -101,5 +112,18 @@ ABLATIONS = {
             for model in ("csnet", "extractor")
             for high, low in ((1, 0), (3, 1), (1, 1), (1, 3), (0, 1))
         ),
+    ),
+    "loss": Ablation(
+        "Loss and boundary thickness, with and without cross-scale fusion",
+        "KD-SCFNet table 3",
+        tuple(
+            (series, point, {"model": model, **settings})
+            for series, model in (("base", "scfnet-base"), ("SCFNet", "scfnet"))
+            for point, settings in _LOSSES
+        ),
+        recipe="fs-scfnet",
+    ),
+    "teacher": Ablation(
+        "One student, several teachers", "KD-SCFNet fig. 6", (), recipe="kd-scfnet", taught=True
     ),
 }

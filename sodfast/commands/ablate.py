@@ -11,7 +11,7 @@ from . import UsageError, WorkError, positive
 
 def add_parser(subparsers: Any) -> None:
     listed = "\n".join(
-        f"  {name:11}{len(entry.runs):3} runs  {entry.title} ({entry.paper})"
+        f"  {name:11}{len(entry.runs) or 'n':>3} runs  {entry.title} ({entry.paper})"
         for name, entry in ABLATIONS.items()
     )
     parser = subparsers.add_parser(
@@ -23,13 +23,23 @@ def add_parser(subparsers: Any) -> None:
         f"NAME is one of:\n\n{listed}",
     )
     parser.add_argument("name", metavar="NAME", choices=list(ABLATIONS), help="see above")
-    parser.add_argument("--data", required=True, metavar="DIR", help="images and masks to learn")
+    parser.add_argument("--data", metavar="DIR", help="images and masks to learn")
     parser.add_argument(
         "--val", metavar="DIR", help="score on these, not on a held-out part of --data"
     )
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="a folder for it all")
     parser.add_argument(
-        "--recipe", default="csnet-fast", metavar="R", help="what all runs share (csnet-fast)"
+        "--teacher",
+        action="append",
+        default=[],
+        metavar="W",
+        help="teacher: weights to distil; once for each that is compared",
+    )
+    parser.add_argument("--images", metavar="DIR", help="teacher: pictures without ground truth")
+    parser.add_argument(
+        "--recipe",
+        metavar="R",
+        help="what all runs share (csnet-fast; loss: fs-scfnet; teacher: kd-scfnet)",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of it"
@@ -47,14 +57,20 @@ def run(arguments: argparse.Namespace) -> int:
     from ..train import TrainingError
 
     ablation = ABLATIONS[arguments.name]
+    if ablation.taught and arguments.images is None:
+        raise UsageError(f"{arguments.name} needs --images")
+    if not ablation.taught and arguments.data is None:
+        raise UsageError(f"{arguments.name} needs --data")
     try:
-        runs = plan(ablation, arguments.recipe, arguments.set, arguments.seeds)
+        runs = plan(
+            ablation, arguments.recipe, arguments.set, arguments.seeds, arguments.teacher
+        )  # fmt: skip
     except (ImportError, OSError, ValueError) as error:
         raise UsageError(error) from error
     try:
         rows = ablate(
             ablation, runs, arguments.data, arguments.output, arguments.val, arguments.device,
-            arguments.cache,
+            arguments.cache, images=arguments.images,
         )  # fmt: skip
     except (ImportError, OSError, TrainingError, ValueError) as error:
         raise WorkError(error) from error
