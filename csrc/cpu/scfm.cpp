@@ -3,8 +3,8 @@
 //   out = x + x up(y)   or   x + up(y)          up: bilinear to the size of x, align_corners=False
 //   source of position d: max(0, (d + ½) n / N − ½)          n of y, N of x
 //
-// Forward reads x and y and writes out once, some 6 operations per element. Backward reads g, x and y and writes gx and
-// gy once: up's transpose adds rows of g x to the two rows of y that they lie between, and sums a row up along
+// Forward reads x and y and writes out once, some 3 operations per element. Backward reads g, x and y and writes gx
+// and gy once: up's transpose adds rows of g x to the two rows of y that they lie between, and sums a row up along
 // itself when it is complete. Sums run in the order of positions, whoever does which rows.
 #include <cstring>
 #include <type_traits>
@@ -23,14 +23,9 @@ template <class T>
 class Axis {
  public:
   static constexpr int64_t lanes = Vec<T>::lanes;
-  Axis(int64_t n, int64_t from)
-      : n_(n),
-        from_(from),
-        lower_((n + lanes - 1) / lanes * lanes),
-        step_((n + lanes - 1) / lanes * lanes),
-        weight_((n + lanes - 1) / lanes * lanes) {
+  Axis(int64_t n, int64_t from) : n_(n), from_(from), lower_(padded()), step_(padded()), weight_(padded()) {
     const double scale = static_cast<double>(from) / static_cast<double>(n);
-    for (int64_t d = 0; d < lower_size(); ++d) {
+    for (int64_t d = 0; d < padded(); ++d) {
       const double source = scale * (static_cast<double>(least(d, n - 1)) + 0.5) - 0.5;
       const int64_t i = source > 0 ? least(static_cast<int64_t>(source), from - 1) : 0;
       lower_.data()[d] = static_cast<int32_t>(i);
@@ -40,7 +35,7 @@ class Axis {
   }
   int64_t lower(int64_t d) const { return lower_.data()[d]; }
   T weight(int64_t d) const { return weight_.data()[d]; }
-  int64_t size() const { return n_; }
+  int64_t padded() const { return (n_ + lanes - 1) / lanes * lanes; }  // to whole vectors
   int64_t from() const { return from_; }
   bool doubles() const { return n_ == 2 * from_; }
   bool enlarges() const { return n_ >= from_; }
@@ -92,27 +87,55 @@ class Axis {
   }
 
  private:
-  int64_t lower_size() const { return (n_ + lanes - 1) / lanes * lanes; }
   int64_t n_, from_;
   Heap<int32_t> lower_, step_;
   Heap<T> weight_;
 };
 
-// Row r of y enlarged along the columns of y only: the blend of two rows, with its last value twice.
-template <class T>
-void middle_row(const T* y, const Axis<T>& down, int64_t cols, int64_t r, T* line) {
-  const int64_t i = down.lower(r);
-  const T *a = y + i * cols, *b = y + least(i + 1, down.from() - 1) * cols;
-  const Vec<T> w(down.weight(r)), rest(1 - down.weight(r));
-  for_each_vector<T>(cols,
-                     [&](int64_t x, int64_t n) { store(fma(w, load(b + x, n), rest * load(a + x, n)), line + x, n); });
-  line[cols] = line[cols - 1];
-}
+// The rows of up(y), each a blend of two rows of y that are enlarged along themselves once and then kept.
+template <class T, bool enlarge>
+class UpsampledRows {
+ public:
+  UpsampledRows(const T* y, const Axis<T>& down, const Axis<T>& along, Scratch& scratch)
+      : y_(y),
+        down_(down),
+        along_(along),
+        line_(scratch.take<T>(along.from() + 1 + Vec<T>::lanes)),
+        here_(scratch.take<T>(along.padded())),
+        after_(scratch.take<T>(along.padded())) {
+    std::memset(line_, 0, (along.from() + 1 + Vec<T>::lanes) * sizeof(T));  // whole vectors are read
+  }
+  static int64_t bytes(const Axis<T>& along) {
+    return Scratch::bytes<T>(along.from() + 1 + Vec<T>::lanes) + 2 * Scratch::bytes<T>(along.padded());
+  }
 
-template <class T>
-int64_t line_items(int64_t cols) {  // readable a vector past the end
-  return cols + 1 + Vec<T>::lanes;
-}
+  void go_to(int64_t r) {
+    const int64_t i = down_.lower(r);
+    if (i != row_) {
+      T* const old = here_;
+      here_ = after_, after_ = old;
+      if (row_ < 0 || i != row_ + 1) enlarged(i, here_);
+      enlarged(least(i + 1, down_.from() - 1), after_);
+      row_ = i;
+    }
+    weight_ = Vec<T>(down_.weight(r)), rest_ = Vec<T>(1 - down_.weight(r));
+  }
+  Vec<T> at(int64_t x) const { return fma(weight_, Vec<T>::load(after_ + x), rest_ * Vec<T>::load(here_ + x)); }
+
+ private:
+  void enlarged(int64_t i, T* to) const {
+    const int64_t cols = along_.from();
+    std::memcpy(line_, y_ + i * cols, cols * sizeof(T));
+    line_[cols] = line_[cols - 1];
+    for (int64_t x = 0; x < along_.padded(); x += Vec<T>::lanes) along_.template blend<enlarge>(line_, x).store(to + x);
+  }
+
+  const T* y_;
+  const Axis<T>&down_, &along_;
+  T *line_, *here_, *after_;  // rows row_ and row_ + 1 of y, enlarged
+  int64_t row_ = -1;
+  Vec<T> weight_, rest_;
+};
 
 // Calls f(plane, begin, end) for the parts of planes of `rows` rows in each task's range.
 template <class F>
@@ -136,18 +159,16 @@ template <class T>
 void scfm(const ScfmShape& shape, const T* x, const T* y, T* out, const Parallel& parallel) {
   const Axis<T> down(shape.rows, shape.from_rows), along(shape.cols, shape.from_cols);
   for_each_part(shape.planes, shape.rows, 4 * shape.cols, parallel, [&](int64_t plane, int64_t begin, int64_t end) {
-    Scratch scratch(Scratch::bytes<T>(line_items<T>(shape.from_cols)));
-    T* line = scratch.take<T>(line_items<T>(shape.from_cols));
-    std::memset(line, 0, line_items<T>(shape.from_cols) * sizeof(T));
-    const T* y_plane = y + plane * shape.from_rows * shape.from_cols;
     for_flag(along.enlarges(), [&](auto enlarge) {
       for_flag(shape.multiply, [&](auto multiply) {
+        Scratch scratch(UpsampledRows<T, enlarge>::bytes(along));
+        UpsampledRows<T, enlarge> up(y + plane * shape.from_rows * shape.from_cols, down, along, scratch);
         for (int64_t r = begin; r < end; ++r) {
           const int64_t start = (plane * shape.rows + r) * shape.cols;
-          middle_row(y_plane, down, shape.from_cols, r, line);
+          up.go_to(r);
           for_each_vector<T>(shape.cols, [&](int64_t i, int64_t n) {
-            const Vec<T> u = along.template blend<enlarge>(line, i), v = load(x + start + i, n);
-            store(multiply ? fma(v, u, v) : v + u, out + start + i, n);
+            const Vec<T> v = load(x + start + i, n);
+            store(multiply ? fma(v, up.at(i), v) : v + up.at(i), out + start + i, n);
           });
         }
       });
@@ -160,11 +181,11 @@ template <class T, bool enlarge, bool multiply>
 void plane_backward(const ScfmShape& shape, const Axis<T>& down, const Axis<T>& along, const T* g, const T* x,
                     const T* y, T* gx, T* gy, int64_t begin, int64_t end) {
   const int64_t cols = shape.cols, from = shape.from_cols, wide = cols + 2 + Vec<T>::lanes;
-  Scratch scratch(2 * Scratch::bytes<T>(wide) + Scratch::bytes<T>(line_items<T>(from)));
-  T *here = scratch.take<T>(wide) + 1, *after = scratch.take<T>(wide) + 1, *line = scratch.take<T>(line_items<T>(from));
+  Scratch scratch(2 * Scratch::bytes<T>(wide) + UpsampledRows<T, enlarge>::bytes(along));
+  T *here = scratch.take<T>(wide) + 1, *after = scratch.take<T>(wide) + 1;
+  UpsampledRows<T, enlarge> up(y, down, along, scratch);
   std::memset(here - 1, 0, wide * sizeof(T));
   std::memset(after - 1, 0, wide * sizeof(T));
-  std::memset(line, 0, line_items<T>(from) * sizeof(T));
   int64_t i = most(0, begin - 1);  // the row of y that `here` belongs to
   const auto finish = [&] {
     if (i >= begin) along.transpose(here, gy + i * from);
@@ -176,14 +197,14 @@ void plane_backward(const ScfmShape& shape, const Axis<T>& down, const Axis<T>& 
   for (int64_t r = down.first(i); r < shape.rows && down.lower(r) < end; ++r) {
     while (i < down.lower(r)) finish();
     const T *g_row = g + r * cols, *x_row = x + r * cols;
-    T* gx_row = gx + r * cols;
     const bool mine = multiply && i >= begin;
-    if (mine) middle_row(y, down, from, r, line);
+    T* gx_row = mine ? gx + r * cols : nullptr;
+    if (mine) up.go_to(r);
     const T w = i == down.from() - 1 ? T(0) : down.weight(r);  // beyond the last is the last
     const Vec<T> lower(1 - w), upper(w);
     for_each_vector<T>(cols, [&](int64_t k, int64_t n) {
       Vec<T> v = load(g_row + k, n);
-      if (mine) store(fma(v, along.template blend<enlarge>(line, k), v), gx_row + k, n);
+      if (mine) store(fma(v, up.at(k), v), gx_row + k, n);
       if (multiply) v = v * load(x_row + k, n);
       store(fma(lower, v, load(here + k, n)), here + k, n);
       store(fma(upper, v, load(after + k, n)), after + k, n);
