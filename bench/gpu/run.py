@@ -1,6 +1,6 @@
 """The benchmark on a GPU: ops, CSNet's inference and training step, against torch and the limit.
 
-    python bench/gpu/run.py --kind op|inference|training [--case TEXT] [--variants A,B]
+    python bench/gpu/run.py --kind op|inference|training [--case TEXT] [--dtype fp32|bf16]
 
 A row is one case in one form: median, p20 and p80 of the time on the device, peak memory, and
 the share of the limit (the bytes that must move over the measured bandwidth of a copy). Rows
@@ -29,7 +29,7 @@ from base import revision_of  # noqa: E402
 from rows import fill_ratios  # noqa: E402
 
 from gpu.forms import FORMS, limit_bytes  # noqa: E402
-from gpu.works import Work, works  # noqa: E402
+from gpu.works import DTYPES, Work, works  # noqa: E402
 from sodfast.ops import _backend  # noqa: E402
 from sodfast.weights import atomic_write  # noqa: E402
 
@@ -49,6 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Times sodfast on a GPU.")
     parser.add_argument("--kind", choices=("op", "inference", "training"), required=True)
     parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="only this; both by default")
     parser.add_argument("--variants", default="", help="only these, separated by commas")
     parser.add_argument("--seconds", type=float, default=0.5, help="of timing per row")
     args = parser.parse_args()
@@ -65,7 +66,7 @@ def main() -> int:
           f"{bandwidth / 1e9:.0f} GB/s")  # fmt: skip
     status = 0
     for work in works(args.kind):
-        if args.case in work.label:
+        if args.case in work.label and args.dtype in (None, work.dtype):
             rows = list(rows_of(work, chosen, bandwidth, args.seconds))
             fill_ratios(rows)
             print(table(rows), flush=True)

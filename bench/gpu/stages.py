@@ -33,11 +33,14 @@ STAGES: dict[str, list[str]] = {
               "tests/test_gpu_kernels.py", "tests/test_decay.py", "tests/test_cuda_sources.py"],
     **{tool: [*SANITIZER, "--tool", tool, *EXERCISE]
        for tool in ("memcheck", "racecheck", "initcheck", "synccheck")},
-    "bench-ops": [*BENCH, "--kind", "op"],
-    "bench-x1-L": [*BENCH, "--kind", "inference", "--case", "x1-L"],
-    "bench-x2-L": [*BENCH, "--kind", "inference", "--case", "x2-L"],
-    "bench-training-24": [*BENCH, "--kind", "training", "--case", "batch 24"],
-    "bench-training-128": [*BENCH, "--kind", "training", "--case", "batch 128"],
+    # torch.compile(mode="max-autotune") takes most of a stage: hence so many.
+    **{f"bench-{name}-{dtype}": [*BENCH, "--kind", kind, "--case", case, "--dtype", dtype]
+       for dtype in ("fp32", "bf16")
+       for name, kind, case in (
+           ("ops", "op", "inference"), ("ops-training", "op", "training"),
+           ("x1-L", "inference", "x1-L"), ("x2-L", "inference", "x2-L"),
+           ("training-24", "training", "batch 24"), ("training-128", "training", "batch 128"),
+       )},
 }  # fmt: skip
 
 
