@@ -276,11 +276,12 @@ def _register_autocast_on_cuda(op: str) -> None:
         eligible = x.is_cuda and x.is_floating_point() and x.dtype != torch.float64
         return x.to(torch.get_autocast_dtype("cuda")) if eligible else x
 
-    @overload.py_impl(key)
     def run(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return overload(*tree_map_only(Tensor, cast, args))
 
+    overload.py_kernels.pop(key, None)  # what register_autocast("cpu") put there, for CUDA too
+    overload.py_impl(key)(run)
     _LIBRARY.impl(op, lambda _, *args: run(*args), "AutocastCUDA", with_keyset=True)
 
 
