@@ -8,7 +8,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -21,22 +20,26 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
+// No iostream: a toolchain that links the C++ library into this module has a second set of locales beside torch's, and
+// writing a number to a stream then crashes.
+inline std::string text(const char* part) { return part; }
+inline std::string text(const std::string& part) { return part; }
+template <class Integer>
+std::string text(Integer part) {
+  return std::to_string(part);
+}
+
 // Throws "sodfast::op: message" unless the condition holds.
 template <class... Parts>
 void check(bool condition, const char* op, const Parts&... parts) {
   if (condition) return;
-  std::ostringstream message;
-  message << "sodfast::" << op << ": ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+  throw std::runtime_error((std::string("sodfast::") + op + ": " + ... + text(parts)));
 }
 
 inline std::string shape_of(const Tensor& t) {
-  std::ostringstream s;
-  s << '(';
-  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
-  s << ')';
-  return s.str();
+  std::string s = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + ")";
 }
 
 // What the library that is being compiled serves: the CPU's kernels, CUDA's, or CUDA's run on the host in tests.
