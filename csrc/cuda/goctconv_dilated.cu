@@ -48,8 +48,9 @@ struct Taps {
   }
 };
 
+// Two blocks per multiprocessor: left to itself the compiler spills registers for the sake of more.
 template <class T, bool backward>
-__global__ void __launch_bounds__(threads) convolve(const __grid_constant__ Arguments<T> a) {
+__global__ void __launch_bounds__(threads, 2) convolve(const __grid_constant__ Arguments<T> a) {
   using A = typename Sum<T>::type;
   __shared__ Pack<A, outs_per_block> weights[chunk * 9];
   int64_t rest, part;
