@@ -152,7 +152,7 @@ def prune(
     if mode == "exact":
         # In float64 until the end, as variances are near 1e-4.
         tensors = {
-            name: torch.where(tensor.abs() < THRESHOLD, 0.0, tensor.cpu().double())
+            name: tensor.cpu().double().masked_fill(tensor.cpu().abs() < THRESHOLD, 0.0)
             for name, tensor in _masked(csnet, chosen, criterion, threshold).items()
         }
         keep = fold_constants(csnet, tensors)
