@@ -67,6 +67,10 @@ STABLE_TORCH_LIBRARY(sodfast, m) {
   // (B, 2, 3): per image, of the map and of its boundary, Σ p g, Σ p, Σ g, where p = sigmoid(logits), g = truth.
   m.def("structure_polishing_sums(Tensor logits, Tensor truth, int k) -> Tensor");
   m.def("structure_polishing_sums_backward(Tensor grad, Tensor logits, Tensor truth, int k) -> Tensor");
+  // A whole fused network: image (B, C, H, W) to (B, C', H, W); blob is a .sodfast file (csrc/plan/format.h).
+  m.def("run_plan(Tensor x, Tensor blob) -> Tensor");
+  // Seconds of each step, (repeats, steps) float64.
+  m.def("time_plan(Tensor x, Tensor blob, int repeats) -> Tensor");
 }
 
 #define SODFAST_STRING_(x) #x

@@ -6,6 +6,7 @@ from . import nn, ops
 from .fuse import fuse
 from .models import count, create_model, list_models
 from .ops._backend import info, use_backend
+from .plan import load_plan
 from .predict import Predictor
 from .pretrained import from_pretrained
 from .weights import load, save
@@ -20,6 +21,7 @@ __all__ = [
     "info",
     "list_models",
     "load",
+    "load_plan",
     "nn",
     "ops",
     "save",

@@ -1,4 +1,4 @@
-"""The inference form of a network: batch normalisation folded, PReLU as an epilogue."""
+"""The inference form of a network: normalisation folded, and the whole of it as a plan."""
 
 import copy
 from itertools import pairwise
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .nn import DilatedBank, GOctConv, NormAct, SimplifiedGOctConv
+from .plan import make_plan
 from .weights import flush_denormals
 
 
@@ -22,6 +23,12 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module; what has no such pairs stays as it is.
+
+    Returns:
+        For a model that knows its steps (it has ``add_to``, as csnet, extractor and vanilla
+        have) a :class:`sodfast.plan.Plan`, which runs the whole network as one op and can be
+        saved as a file that needs no Python. For any other module its copy, which runs layer
+        by layer.
 
     Raises:
         TypeError: a pair names something that cannot be fused.
@@ -46,7 +53,7 @@ def fuse(model: nn.Module) -> nn.Module:
                 )
             _fold(conv, norm)
             setattr(module, norm_name, nn.Identity())
-    return fused.requires_grad_(False)
+    return make_plan(fused.requires_grad_(False))
 
 
 def _pairs(module: nn.Module) -> tuple[tuple[str, str], ...]:

@@ -45,6 +45,20 @@ inline Vec<float> max(Vec<float> a, Vec<float> b) {  // vmaxps returns its secon
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_max_ps(a.v, b.v), a.v);
 }
 inline float sum(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
+inline Vec<float> keep(Vec<float> a, int64_t n) { return _mm512_maskz_mov_ps(Vec<float>::first(n), a.v); }
+inline void interleave(Vec<float> even, Vec<float> odd, Vec<float>& low, Vec<float>& high) {
+  const __m512i l = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i h = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  low = _mm512_permutex2var_ps(even.v, l, odd.v), high = _mm512_permutex2var_ps(even.v, h, odd.v);
+}
+inline void deinterleave(Vec<float> low, Vec<float> high, Vec<float>& even, Vec<float>& odd) {
+  const __m512i e = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i o = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  even = _mm512_permutex2var_ps(low.v, e, high.v), odd = _mm512_permutex2var_ps(low.v, o, high.v);
+}
+inline Vec<float> prelu(Vec<float> x, Vec<float> slope) {  // one masked multiplication
+  return _mm512_mask_mul_ps(x.v, _mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_LT_OQ), x.v, slope.v);
+}
 
 // --------------------------------------------------------------------------------------------------- AVX2
 #elif defined(__AVX2__)
@@ -78,6 +92,17 @@ inline float sum(Vec<float> a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline Vec<float> keep(Vec<float> a, int64_t n) {
+  return _mm256_and_ps(a.v, _mm256_castsi256_ps(Vec<float>::first(n)));
+}
+inline void interleave(Vec<float> even, Vec<float> odd, Vec<float>& low, Vec<float>& high) {
+  const __m256 l = _mm256_unpacklo_ps(even.v, odd.v), h = _mm256_unpackhi_ps(even.v, odd.v);
+  low = _mm256_permute2f128_ps(l, h, 0x20), high = _mm256_permute2f128_ps(l, h, 0x31);
+}
+inline void deinterleave(Vec<float> low, Vec<float> high, Vec<float>& even, Vec<float>& odd) {
+  const __m256 l = _mm256_permute2f128_ps(low.v, high.v, 0x20), h = _mm256_permute2f128_ps(low.v, high.v, 0x31);
+  even = _mm256_shuffle_ps(l, h, 0x88), odd = _mm256_shuffle_ps(l, h, 0xdd);
 }
 
 // ----------------------------------------------------------------------------- SSE4.2 and NEON: four lanes
@@ -130,6 +155,12 @@ inline float sum(Vec<float> a) {
   __m128 s = _mm_add_ps(a.v, _mm_movehl_ps(a.v, a.v));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
+inline void interleave(Vec<float> even, Vec<float> odd, Vec<float>& low, Vec<float>& high) {
+  low = _mm_unpacklo_ps(even.v, odd.v), high = _mm_unpackhi_ps(even.v, odd.v);
+}
+inline void deinterleave(Vec<float> low, Vec<float> high, Vec<float>& even, Vec<float>& odd) {
+  even = _mm_shuffle_ps(low.v, high.v, 0x88), odd = _mm_shuffle_ps(low.v, high.v, 0xdd);
+}
 #else
 inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return vaddq_f32(a.v, b.v); }
 inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return vsubq_f32(a.v, b.v); }
@@ -140,7 +171,18 @@ inline Vec<float> where_greater(Vec<float> a, Vec<float> b, Vec<float> yes, Vec<
 }
 inline Vec<float> max(Vec<float> a, Vec<float> b) { return vmaxq_f32(a.v, b.v); }  // NEON's maximum keeps NaN
 inline float sum(Vec<float> a) { return vaddvq_f32(a.v); }
+inline void interleave(Vec<float> even, Vec<float> odd, Vec<float>& low, Vec<float>& high) {
+  low = vzip1q_f32(even.v, odd.v), high = vzip2q_f32(even.v, odd.v);
+}
+inline void deinterleave(Vec<float> low, Vec<float> high, Vec<float>& even, Vec<float>& odd) {
+  even = vuzp1q_f32(low.v, high.v), odd = vuzp2q_f32(low.v, high.v);
+}
 #endif
+inline Vec<float> keep(Vec<float> a, int64_t n) {
+  float lane[4];
+  a.store(lane);
+  return Vec<float>::load(lane, n);
+}
 #endif
 
 // ------------------------------------------------------------------------------------------ float64, one lane
@@ -164,6 +206,16 @@ inline Vec<double> where_greater(Vec<double> a, Vec<double> b, Vec<double> yes, 
 }
 inline Vec<double> max(Vec<double> a, Vec<double> b) { return (a.v != a.v || a.v > b.v) ? a : b; }
 inline double sum(Vec<double> a) { return a.v; }
+inline Vec<double> keep(Vec<double> a, int64_t) { return a; }
+inline void interleave(Vec<double> even, Vec<double> odd, Vec<double>& low, Vec<double>& high) {
+  low = even, high = odd;
+}
+inline void deinterleave(Vec<double> low, Vec<double> high, Vec<double>& even, Vec<double>& odd) {
+  even = low, odd = high;
+}
+
+// For all: keep(a, n) has a's first n lanes and zeros. interleave gives even[0], odd[0], even[1] … in two vectors,
+// deinterleave takes it apart.
 
 // PReLU: x where x > 0, slope · x elsewhere (also for a negative slope, and NaN stays NaN).
 template <class T>
@@ -218,14 +270,15 @@ struct Tile {
   static constexpr int outs = 8;  // 32 registers: 8 × 3 accumulators, 3 inputs, 1 weight
   static constexpr int vectors(int o) { return o > 4 ? 3 : 4; }
   static constexpr int grad_outs = 4, grad_taps = 6;  // weight gradient: 4 × 6 accumulators, 4 + 1 inputs
+  static constexpr int rows = 4;                      // depthwise: 9 weights, 4 accumulators, 3 inputs
 #elif defined(__ARM_NEON)
   static constexpr int outs = 8;
   static constexpr int vectors(int o) { return o > 4 ? 3 : 4; }
-  static constexpr int grad_outs = 4, grad_taps = 6;
+  static constexpr int grad_outs = 4, grad_taps = 6, rows = 4;
 #else
   static constexpr int outs = 6;  // 16 registers: 6 × 2 accumulators, 2 inputs, 1 weight
   static constexpr int vectors(int o) { return o > 4 ? 2 : 3; }
-  static constexpr int grad_outs = 3, grad_taps = 4;
+  static constexpr int grad_outs = 3, grad_taps = 4, rows = 2;
 #endif
 };
 

@@ -1,11 +1,11 @@
-// The heart of every dense convolution here: one output row, all output channels.
+// The heart of every dense convolution here: all output channels of some vectors.
 //
 //   out[o][x] = epilogue( start[o][x] + Σ_t w[t][o] · tap[t][x] ),   epilogue(v) = prelu(v + bias[o], slope[o])
 //
 // A tap is a pointer into an input row, already shifted by its place in the kernel: k² of them per input channel.
-// The channels are cut into near-equal blocks of at most Tile::outs (13 = 7 + 6, never 8 + 5 + padding), the row into
-// near-equal tiles of at most Tile::vectors vectors; one tile of one block stays in registers over all taps. Per tap
-// it loads V vectors and O weights and does O·V multiply-adds. The weights are packed as [block][tap][channel].
+// The channels are cut into near-equal blocks of at most Tile::outs (13 = 7 + 6, never 8 + 5 + padding), the vectors
+// into near-equal tiles of at most Tile::vectors; one tile of one block stays in registers over all taps. Per tap it
+// loads V vectors and O weights and does O·V multiply-adds. The weights are packed as [block][tap][channel].
 #pragma once
 
 #include "common/simd.h"
@@ -28,91 +28,153 @@ void pack_weights(int64_t outs, int64_t taps, T* dst, const F& weight) {
       for (int64_t o = blocks.begin(b); o < blocks.begin(b + 1); ++o) *dst++ = weight(o, t);
 }
 
+// Where a vector is read, relative to the taps, and written, relative to the output; only `lanes` of it count.
+struct Place {
+  int64_t in, out, lanes;
+};
+
 template <class T>
 struct RowConv {
   const T* const* taps;
   int64_t n_taps;
   const T* weights;  // packed
-  int64_t outs, width;
+  int64_t outs;
   T* out;
   int64_t out_stride;  // from one output channel to the next
   const T* start;      // null: zero
   int64_t start_stride;
-  const T* bias;   // null: zero
-  const T* slope;  // null: identity
+  const T* bias;            // null: zero
+  const T* slope;           // null: identity
+  bool padded = false;      // behind a row there is room: whole vectors are read, the lanes beyond it written as zeros
+  const T* head = nullptr;  // then Σ_o head[o] · out[o] is added to the one channel `out`
 };
 
-template <class T, int O, int V, bool Masked>
-inline void conv_tile(const RowConv<T>& r, const T* w, int64_t o0, int64_t x, int64_t last) {
+enum class Edge { none, masked, zeroed };
+
+template <class T, int O, int V, Edge E>
+inline void conv_tile(const RowConv<T>& r, const T* w, int64_t o0, const Place* at) {
   using X = Vec<T>;
-  constexpr int64_t L = X::lanes;
   X sum[O][V];
-#pragma GCC unroll 8
-  for (int o = 0; o < O; ++o)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const T* p = r.start + (o0 + o) * r.start_stride + x + v * L;
-      sum[o][v] = r.start == nullptr ? X(T(0)) : (Masked && v == V - 1) ? X::load(p, last) : X::load(p);
+  const auto read = [&](const T* p, int v) { return E == Edge::masked ? load(p, at[v].lanes) : X::load(p); };
+  const auto write = [&](X y, T* p, int v) {
+    if constexpr (E == Edge::masked) {
+      store(y, p, at[v].lanes);
+    } else {
+      (E == Edge::zeroed ? keep(y, at[v].lanes) : y).store(p);
     }
-  for (int64_t t = 0; t < r.n_taps; ++t, w += O) {
-    const T* p = r.taps[t] + x;
-    X in[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) in[v] = (Masked && v == V - 1) ? X::load(p + v * L, last) : X::load(p + v * L);
-#pragma GCC unroll 8
-    for (int o = 0; o < O; ++o) {
-      const X wo(w[o]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[o][v] = fma(wo, in[v], sum[o][v]);
-    }
-  }
+  };
 #pragma GCC unroll 8
   for (int o = 0; o < O; ++o) {
     const X bias(r.bias == nullptr ? T(0) : r.bias[o0 + o]);
-    const X slope(r.slope == nullptr ? T(1) : r.slope[o0 + o]);
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      T* p = r.out + (o0 + o) * r.out_stride + x + v * L;
-      const X y = prelu(sum[o][v] + bias, slope);
-      (Masked && v == V - 1) ? y.store(p, last) : y.store(p);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[o][v] = bias;
+  }
+  if (r.start != nullptr) {
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[o][v] = sum[o][v] + read(r.start + (o0 + o) * r.start_stride + at[v].out, v);
+  }
+  int64_t offset[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) offset[v] = at[v].in;
+  const T* const* tap = r.taps;
+  for (int64_t t = r.n_taps; t > 0; --t, ++tap, w += O) {
+    const T* p = *tap;
+    X in[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) in[v] = read(p + offset[v], v);
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) {
+      const X wo(w[o]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[o][v] = fma(wo, in[v], sum[o][v]);
     }
   }
+  if (r.slope != nullptr) {
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) {
+      const X slope(r.slope[o0 + o]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[o][v] = prelu(sum[o][v], slope);
+    }
+  }
+  if (r.head != nullptr) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      T* p = r.out + at[v].out;
+      X y = read(p, v);
+#pragma GCC unroll 8
+      for (int o = 0; o < O; ++o) y = fma(X(r.head[o0 + o]), sum[o][v], y);
+      write(y, p, v);
+    }
+    return;
+  }
+#pragma GCC unroll 8
+  for (int o = 0; o < O; ++o)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) write(sum[o][v], r.out + (o0 + o) * r.out_stride + at[v].out, v);
 }
 
-// V from `vectors` at run time, O known: only the row's last tile may be masked.
+// O and V from run time to compile time.
 template <class T, int O, int V>
-inline void conv_block(const RowConv<T>& r, const T* w, int64_t o0, int64_t x, int vectors, int64_t last) {
+inline void conv_block(const RowConv<T>& r, const T* w, int64_t o0, const Place* at, int vectors, bool whole) {
   if constexpr (V > 1) {
-    if (vectors < V) return conv_block<T, O, V - 1>(r, w, o0, x, vectors, last);
+    if (vectors < V) return conv_block<T, O, V - 1>(r, w, o0, at, vectors, whole);
   }
-  last == Vec<T>::lanes ? conv_tile<T, O, V, false>(r, w, o0, x, last) : conv_tile<T, O, V, true>(r, w, o0, x, last);
+  if (whole) return conv_tile<T, O, V, Edge::none>(r, w, o0, at);
+  r.padded ? conv_tile<T, O, V, Edge::zeroed>(r, w, o0, at) : conv_tile<T, O, V, Edge::masked>(r, w, o0, at);
 }
 
 template <class T, int O>
-inline void conv_outs(const RowConv<T>& r, const T* w, int64_t o0, int outs, int64_t x, int vectors, int64_t last) {
+inline void conv_outs(const RowConv<T>& r, const T* w, int64_t o0, int outs, const Place* at, int vectors, bool whole) {
   if constexpr (O > 1) {
-    if (outs < O) return conv_outs<T, O - 1>(r, w, o0, outs, x, vectors, last);
+    if (outs < O) return conv_outs<T, O - 1>(r, w, o0, outs, at, vectors, whole);
   }
-  conv_block<T, O, Tile::vectors(O)>(r, w, o0, x, vectors, last);
+  conv_block<T, O, Tile::vectors(O)>(r, w, o0, at, vectors, whole);
+}
+
+inline int vectors_per_tile(int64_t outs) {
+  const Blocks blocks(outs, Tile::outs);
+  return Tile::vectors(static_cast<int>((outs + blocks.count - 1) / blocks.count));
 }
 
 template <class T>
-void conv_row(const RowConv<T>& r) {
-  constexpr int64_t L = Vec<T>::lanes;
+inline void conv_places(const RowConv<T>& r, const Place* at, int vectors) {
   const Blocks blocks(r.outs, Tile::outs);
-  if (blocks.count == 0) return;
-  const int64_t all = (r.width + L - 1) / L;
-  const int most = Tile::vectors(static_cast<int>((r.outs + blocks.count - 1) / blocks.count));
-  const Blocks tiles(all, most);
+  bool whole = true;
+  for (int v = 0; v < vectors; ++v) whole = whole && at[v].lanes == Vec<T>::lanes;
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    const int64_t o0 = blocks.begin(b);
+    conv_outs<T, Tile::outs>(r, r.weights + o0 * r.n_taps, o0, static_cast<int>(blocks.begin(b + 1) - o0), at, vectors,
+                             whole);
+  }
+}
+
+// The vectors at `places`, all output channels.
+template <class T>
+void conv_vectors(const RowConv<T>& r, const Place* places, int64_t n) {
+  if (r.outs == 0 || n == 0) return;
+  const Blocks tiles(n, vectors_per_tile(r.outs));
+  for (int64_t i = 0; i < tiles.count; ++i)
+    conv_places(r, places + tiles.begin(i), static_cast<int>(tiles.begin(i + 1) - tiles.begin(i)));
+}
+
+// One row of `width` elements, read and written at the same columns.
+template <class T>
+void conv_row(const RowConv<T>& r, int64_t width) {
+  constexpr int64_t L = Vec<T>::lanes;
+  if (r.outs == 0) return;
+  const int64_t all = (width + L - 1) / L;
+  const Blocks tiles(all, vectors_per_tile(r.outs));
   for (int64_t i = 0; i < tiles.count; ++i) {
-    const int64_t x = tiles.begin(i) * L;
+    Place at[8];
     const int vectors = static_cast<int>(tiles.begin(i + 1) - tiles.begin(i));
-    const int64_t last = i + 1 == tiles.count ? r.width - (all - 1) * L : L;
-    for (int64_t b = 0; b < blocks.count; ++b) {
-      const int64_t o0 = blocks.begin(b);
-      conv_outs<T, Tile::outs>(r, r.weights + o0 * r.n_taps, o0, static_cast<int>(blocks.begin(b + 1) - o0), x, vectors,
-                               last);
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t x = (tiles.begin(i) + v) * L;
+      at[v] = {x, x, width - x < L ? width - x : L};
     }
+    conv_places(r, at, vectors);
   }
 }
 

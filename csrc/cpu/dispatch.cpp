@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/kernels.h"
+#include "cpu/maps.h"
 
 #define SODFAST_DECLARE(isa)                \
   namespace isa {                           \
@@ -22,6 +23,8 @@
   void add_scfm(Kernels<T>&);               \
   template <class T>                        \
   void add_boundary(Kernels<T>&);           \
+  void add_block(MapKernels&);              \
+  void add_bank(MapKernels&);               \
   }
 
 namespace sodfast {
@@ -38,6 +41,7 @@ namespace {
 struct Isa {
   const char* name;
   Kernels<float> table;
+  MapKernels maps;
 };
 
 #define SODFAST_TABLE(isa, T)              \
@@ -53,6 +57,14 @@ struct Isa {
     return table;                          \
   }()
 
+#define SODFAST_MAPS(isa)  \
+  [] {                     \
+    MapKernels table{};    \
+    isa::add_block(table); \
+    isa::add_bank(table);  \
+    return table;          \
+  }()
+
 struct Isas {
   Isa list[3];
   int count = 0;
@@ -63,12 +75,12 @@ struct Isas {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
-      list[count++] = {"avx512", SODFAST_TABLE(avx512, float)};
+      list[count++] = {"avx512", SODFAST_TABLE(avx512, float), SODFAST_MAPS(avx512)};
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-      list[count++] = {"avx2", SODFAST_TABLE(avx2, float)};
-    list[count++] = {"sse4.2", SODFAST_TABLE(sse42, float)};
+      list[count++] = {"avx2", SODFAST_TABLE(avx2, float), SODFAST_MAPS(avx2)};
+    list[count++] = {"sse4.2", SODFAST_TABLE(sse42, float), SODFAST_MAPS(sse42)};
 #else
-    list[count++] = {"neon", SODFAST_TABLE(neon, float)};
+    list[count++] = {"neon", SODFAST_TABLE(neon, float), SODFAST_MAPS(neon)};
 #endif
     const char* wanted = std::getenv("SODFAST_CPU_ISA");
     if (wanted != nullptr && *wanted != '\0') unknown = !choose(wanted);
@@ -107,6 +119,8 @@ const Kernels<double>& kernels<double>() {
 #endif
   return table;
 }
+
+const MapKernels& map_kernels() { return isas().list[isas().chosen].maps; }
 
 const char* cpu_isa() { return isas().list[isas().chosen].name; }
 int cpu_isa_count() { return isas().count; }

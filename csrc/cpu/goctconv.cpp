@@ -151,14 +151,13 @@ class ScaleTask {
                       fine_channels_ * k2_,
                       packed_fine_,
                       outs_,
-                      width_,
                       lines ? out_row : out + y * width_,
                       lines ? width_ : height_ * width_,
                       start ? start_rows + r % group * outs_ * width_ : nullptr,
                       width_,
                       bias,
                       slope};
-      conv_row(conv);
+      conv_row(conv, width_);
       if (lines) (*emit)(y, out_row, width_);
     }
   }
@@ -188,8 +187,9 @@ class ScaleTask {
     source.stage(first, n, staged, line);
     for (int64_t r = 0; r < n; ++r) {
       source.point(first, n, r, staged, d_.shape.kernel, {1, 1}, taps);
-      conv_row(RowConv<T>{taps, source.channels * k2_, packed_coarse_[m], outs_, cols, low + r * cols, n * cols,
-                          nullptr, 0, nullptr, nullptr});
+      conv_row(RowConv<T>{taps, source.channels * k2_, packed_coarse_[m], outs_, low + r * cols, n * cols, nullptr, 0,
+                          nullptr, nullptr},
+               cols);
     }
     return {low, first, n, cols, height, factor, i};
   }

@@ -82,10 +82,11 @@ void dilated(const DilatedShape& shape, const T* const* xs, const T* const* weig
             if (shape.branch[s][d] == 0) continue;
             source.point(y0, rows, r, buffer, 3, step_of(shape, s, d), taps);
             const int64_t o = first[d];
-            conv_row(RowConv<T>{taps, n_taps, packed.data() + o * n_taps, shape.branch[s][d], bands.cols,
-                                ys[s] + (b * outs + o) * area + (y0 + r) * bands.cols, area, nullptr, 0,
-                                bias == nullptr ? nullptr : bias + o_s + o,
-                                slope == nullptr ? nullptr : slope + o_s + o});
+            conv_row(
+                RowConv<T>{taps, n_taps, packed.data() + o * n_taps, shape.branch[s][d],
+                           ys[s] + (b * outs + o) * area + (y0 + r) * bands.cols, area, nullptr, 0,
+                           bias == nullptr ? nullptr : bias + o_s + o, slope == nullptr ? nullptr : slope + o_s + o},
+                bands.cols);
           }
       }
     });
@@ -119,9 +120,9 @@ void dilated_grad_input(const DilatedShape& shape, const T* const* gys, const T*
             for (int64_t k = 0; k < shape.branch[s][d]; ++k, ++o) {
               next = source.point_channel(o, rows, r, buffer, 3, step_of(shape, s, d), next);
             }
-          conv_row(RowConv<T>{taps, n_taps, packed.data(), channels, bands.cols,
-                              gxs[s] + b * channels * area + (y0 + r) * bands.cols, area, nullptr, 0, nullptr,
-                              nullptr});
+          conv_row(RowConv<T>{taps, n_taps, packed.data(), channels,
+                              gxs[s] + b * channels * area + (y0 + r) * bands.cols, area, nullptr, 0, nullptr, nullptr},
+                   bands.cols);
         }
       }
     });

@@ -13,21 +13,37 @@
 namespace sodfast {
 namespace {
 
-template <class T>
-inline T max_or_nan(T a, T b) {  // b stays where a is smaller; NaN wins
-  return (a > b || a != a) ? a : b;
+// ------------------------------------------------------------------------------------------------- pooling
+// f(x, even, odd, count): `count` pairs of row from pair x on, taken apart.
+template <class T, class F>
+inline void for_each_pair(const T* a, const T* b, int64_t n, const F& f) {
+  constexpr int64_t L = Vec<T>::lanes;
+  for_each_vector<T>(n, [&](int64_t x, int64_t k) {
+    const int64_t low = 2 * k < L ? 2 * k : L, high = 2 * k - low;
+    const T *pa = a + 2 * x, *pb = b + 2 * x;
+    const auto upper = [&](const T* p) { return high == 0 ? Vec<T>(T(0)) : load(p + L, high); };
+    f(x, load(pa, low), upper(pa), load(pb, low), upper(pb), k);
+  });
 }
 
-// ------------------------------------------------------------------------------------------------- pooling
 // dst[x] = mean of the 2×2 window at 2x of rows a and b.
 template <class T>
 void average_rows(const T* a, const T* b, T* __restrict dst, int64_t n) {
-  for (int64_t x = 0; x < n; ++x) dst[x] = (a[2 * x] + a[2 * x + 1] + b[2 * x] + b[2 * x + 1]) * T(0.25);
+  for_each_pair(a, b, n, [&](int64_t x, Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, int64_t k) {
+    Vec<T> even, odd;
+    deinterleave(a0 + b0, a1 + b1, even, odd);
+    store((even + odd) * Vec<T>(T(0.25)), dst + x, k);
+  });
 }
 
+// dst[x] = maximum of the 2×2 window at 2x of rows a and b.
 template <class T>
-void max_into(const T* a, T* b, int64_t n) {  // b = max(a, b)
-  for_each_vector<T>(n, [&](int64_t x, int64_t k) { store(max(load(a + x, k), load(b + x, k)), b + x, k); });
+void max_rows(const T* a, const T* b, T* __restrict dst, int64_t n) {
+  for_each_pair(a, b, n, [&](int64_t x, Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, int64_t k) {
+    Vec<T> even, odd;
+    deinterleave(max(a0, b0), max(a1, b1), even, odd);
+    store(max(even, odd), dst + x, k);
+  });
 }
 
 template <class T>
@@ -46,6 +62,20 @@ struct PooledMap {
   int64_t channels, rows, cols;  // as stored
   int64_t factor;                // max-pool window
   bool average;                  // 2×2 average pool first
+  int64_t pitch, plane;          // from one row, one channel to the next
+
+  PooledMap() = default;
+  PooledMap(const T* p, int64_t c, int64_t h, int64_t w, int64_t f, bool mean)
+      : PooledMap(p, c, h, w, f, mean, w, h * w) {}
+  PooledMap(const T* p, int64_t c, int64_t h, int64_t w, int64_t f, bool mean, int64_t row, int64_t channel)
+      : data(p),
+        channels(c),
+        rows(h),
+        cols(w),
+        factor(f),
+        average(mean),
+        pitch(row),
+        plane(channel) {}
 
   bool direct() const { return factor == 1 && !average; }
   int64_t out_rows() const { return rows / (average ? 2 : 1) / factor; }
@@ -54,34 +84,18 @@ struct PooledMap {
 
   // Row y before the maximum (after the average).
   const T* fine_row(int64_t c, int64_t y, T* line) const {
-    const T* plane = data + c * rows * cols;
-    if (!average) return plane + y * cols;
-    average_rows(plane + 2 * y * cols, plane + (2 * y + 1) * cols, line, cols / 2);
+    const T* p = data + c * plane;
+    if (!average) return p + y * pitch;
+    average_rows(p + 2 * y * pitch, p + (2 * y + 1) * pitch, line, cols / 2);
     return line;
   }
 
   void row(int64_t c, int64_t y, T* __restrict dst, T* line) const {
-    const int64_t fine = cols / (average ? 2 : 1), n = out_cols();
     if (factor == 1) {
-      if (average) {
-        fine_row(c, y, dst);
-      } else {
-        std::memcpy(dst, fine_row(c, y, line), n * sizeof(T));
-      }
+      average ? (void)fine_row(c, y, dst) : (void)std::memcpy(dst, fine_row(c, y, line), cols * sizeof(T));
       return;
     }
-    T* tall = line + cols;  // the maximum of `factor` rows
-    std::memcpy(tall, fine_row(c, y * factor, line), fine * sizeof(T));
-    for (int64_t r = 1; r < factor; ++r) max_into(fine_row(c, y * factor + r, line), tall, fine);
-    if (factor == 2) {
-      for (int64_t x = 0; x < n; ++x) dst[x] = max_or_nan(tall[2 * x + 1], tall[2 * x]);
-      return;
-    }
-    for (int64_t x = 0; x < n; ++x) {
-      T best = tall[x * factor];
-      for (int64_t i = 1; i < factor; ++i) best = max_or_nan(tall[x * factor + i], best);
-      dst[x] = best;
-    }
+    pooled(c, y, factor, dst, line);
   }
 
   // The way back through the maximum: dst rows (from the first of pooled row y's window on, `stride` apart) get
@@ -105,6 +119,18 @@ struct PooledMap {
   }
 
  private:
+  // A maximum over f×f is a maximum over 2×2 of maxima over f/2 × f/2: a row of these, and lines for the next two.
+  void pooled(int64_t c, int64_t y, int64_t f, T* dst, T* line) const {
+    const int64_t n = cols / (average ? 2 : 1) / f;
+    if (f == 2) {
+      const T *a = fine_row(c, 2 * y, line), *b = fine_row(c, 2 * y + 1, line + 2 * n);
+      return max_rows(a, b, dst, n);
+    }
+    pooled(c, 2 * y, f / 2, line, line + 4 * n);
+    pooled(c, 2 * y + 1, f / 2, line + 2 * n, line + 4 * n);
+    max_rows(line, line + 2 * n, dst, n);
+  }
+
   // factor 2 without branches: the window's four values side by side, and the gradient to one of the four.
   void unpool_pairs(int64_t c, int64_t y, const T* gradient, T* d0, T* d1, T* line) const {
     const int64_t n = out_cols();
@@ -140,6 +166,42 @@ inline Between between(int64_t y, int64_t factor) {
 }
 inline int64_t clamp_to(int64_t y, int64_t n) { return y < 0 ? 0 : (y >= n ? n - 1 : y); }
 
+// dst[i + factor·x] (+)= bilinear ×factor along the row `mid`, whose ends are repeated at -1 and n.
+template <class T, int F>
+void upsample_columns(const T* mid, T* __restrict dst, int64_t n, bool add) {
+  constexpr int64_t L = Vec<T>::lanes;
+  for_each_vector<T>(n, [&](int64_t x, int64_t k) {
+    const Vec<T> left = load(mid + x - 1, k), here = load(mid + x, k), right = load(mid + x + 1, k);
+    Vec<T> v[F], w[F];
+#pragma GCC unroll 8
+    for (int i = 0; i < F; ++i) {  // position i lies between left and here, or here and right
+      const T t = static_cast<T>(2 * i + 1 - F) / static_cast<T>(2 * F);
+      v[i] = t < 0 ? fma(Vec<T>(-t), left, Vec<T>(1 + t) * here) : fma(Vec<T>(t), right, Vec<T>(1 - t) * here);
+    }
+#pragma GCC unroll 8
+    for (int half = F / 2; half > 0; half /= 2) {  // v[i] and v[i + F/2] become neighbours, and so on
+#pragma GCC unroll 8
+      for (int i = 0; i < F / 2; ++i) interleave(v[i], v[i + F / 2], w[2 * i], w[2 * i + 1]);
+#pragma GCC unroll 8
+      for (int i = 0; i < F; ++i) v[i] = w[i];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < F; ++i) {
+      const int64_t count = F * k - i * L;
+      if (count <= 0) break;
+      T* p = dst + F * x + i * L;
+      const int64_t lanes = count < L ? count : L;
+      store(add ? v[i] + load(p, lanes) : v[i], p, lanes);
+    }
+  });
+}
+template <class T>
+void upsample_columns(const T* mid, int64_t factor, T* dst, int64_t n, bool add) {
+  if (factor == 2) return upsample_columns<T, 2>(mid, dst, n, add);
+  if (factor == 4) return upsample_columns<T, 4>(mid, dst, n, add);
+  upsample_columns<T, 8>(mid, dst, n, add);
+}
+
 // dst[x] (+)= bilinear ×factor of the blend of two coarse rows; line holds n + 2 items.
 template <class T>
 void upsample_row(const T* a, const T* b, T upper, int64_t factor, T* __restrict dst, int64_t n, T* line, bool add) {
@@ -148,28 +210,7 @@ void upsample_row(const T* a, const T* b, T upper, int64_t factor, T* __restrict
   for_each_vector<T>(n, [&](int64_t x, int64_t k) { store(fma(wb, load(b + x, k), wa * load(a + x, k)), mid + x, k); });
   mid[-1] = mid[0];
   mid[n] = mid[n - 1];
-  if (factor == 2) {
-    if (add) {
-      for (int64_t x = 0; x < n; ++x) {
-        dst[2 * x] += T(0.25) * mid[x - 1] + T(0.75) * mid[x];
-        dst[2 * x + 1] += T(0.75) * mid[x] + T(0.25) * mid[x + 1];
-      }
-    } else {
-      for (int64_t x = 0; x < n; ++x) {
-        dst[2 * x] = T(0.25) * mid[x - 1] + T(0.75) * mid[x];
-        dst[2 * x + 1] = T(0.75) * mid[x] + T(0.25) * mid[x + 1];
-      }
-    }
-    return;
-  }
-  for (int64_t i = 0; i < factor; ++i) {
-    const Between at = between(i, factor);
-    const T w1 = static_cast<T>(at.upper), w0 = 1 - w1;
-    for (int64_t x = 0; x < n; ++x) {
-      const T value = w0 * mid[x + at.lower] + w1 * mid[x + at.lower + 1];
-      dst[x * factor + i] = add ? dst[x * factor + i] + value : value;
-    }
-  }
+  upsample_columns(mid, factor, dst, n, add);
 }
 
 // The gradient of an output scale as a coarser input scale sees it through the transpose of bilinear ×factor.

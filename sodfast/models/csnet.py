@@ -97,6 +97,18 @@ class CSNet(nn.Module):
         logits = self.head(self.fusion(features))[0]
         return F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=False)
 
+    def add_to(self, plan: Any, image: Any) -> Any:
+        """Add the fused network to a :class:`sodfast.plan.PlanBuilder`."""
+        xs = [image]
+        features = []
+        for stage, blocks in enumerate(self.stages):
+            for block in blocks:
+                xs = block.add_to(plan, xs)
+            if stage in self.fused_stages:
+                features.append(xs[0])
+        (logits,) = self.fusion.add_to(plan, features, self.head)
+        return plan.upsample(logits)
+
 
 def make_stages(
     stages: Sequence[Sequence[Sequence[int]]],

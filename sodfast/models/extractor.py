@@ -32,6 +32,12 @@ class OctConvBlock(ILBlock):
         for name in ("conv2", "conv3"):
             self.add_module(name, GOctConv(out_channels, out_channels, 3))
 
+    def add_to(self, plan: Any, xs: Sequence[Any]) -> list[Any]:
+        """Add the fused block to a :class:`sodfast.plan.PlanBuilder`."""
+        for conv in (self.conv1, self.conv2, self.conv3):
+            xs = plan.block(conv, xs, conv)
+        return list(xs)
+
 
 class Extractor(nn.Module):
     """CSNet without the cross-stage fusion: ILBlocks and a 1x1 convolution; 179,501 parameters.
@@ -90,6 +96,15 @@ class Extractor(nn.Module):
             xs = blocks(xs)
         logits = self.head(xs)[0]
         return F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=False)
+
+    def add_to(self, plan: Any, image: Any) -> Any:
+        """Add the fused network to a :class:`sodfast.plan.PlanBuilder`."""
+        xs = [image]
+        for blocks in self.stages:
+            for block in blocks:
+                xs = block.add_to(plan, xs)
+        (logits,) = plan.block(self.head, xs, self.head)
+        return plan.upsample(logits)
 
 
 class Vanilla(Extractor):

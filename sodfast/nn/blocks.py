@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,10 @@ class ILBlock(nn.Module):
         xs = self.norm1(self.conv1(xs))
         xs = self.norm2(self.conv2(xs))
         return self.norm3(self.conv3(xs))
+
+    def add_to(self, plan: Any, xs: Sequence[Any]) -> list[Any]:
+        """Add the fused block to a :class:`sodfast.plan.PlanBuilder`."""
+        return plan.block(self, xs, self.conv1, (self.conv2, self.conv3))
 
 
 class DilatedBank(nn.Module):
@@ -184,3 +189,8 @@ class CrossStageFusion(nn.Module):
 
     def forward(self, xs: Scales) -> list[Tensor]:
         return self.merge(self.bank(self.mix(xs)))
+
+    def add_to(self, plan: Any, xs: Sequence[Any], head: GOctConv) -> list[Any]:
+        """Add the fused fusion and a 1x1 head after it to a :class:`sodfast.plan.PlanBuilder`."""
+        xs = plan.bank(self.bank, plan.block(self.mix, xs, self.mix.conv))
+        return plan.block(self.merge, xs, self.merge.conv, head=head)

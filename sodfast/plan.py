@@ -1,0 +1,281 @@
+"""Plans: a fused network as one op call, and as a file that runs without Python.
+
+A model that can be a plan has a method ``add_to(plan, image)``, which adds its steps to a
+:class:`PlanBuilder` and returns the features of its result; csrc/plan/format.h describes the
+file, csrc/cpu/maps.h the steps.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .ops._backend import _KERNELS, choose, register
+from .preprocess import check_preprocessing
+from .weights import atomic_write, flush_denormals
+
+__all__ = ["Plan", "PlanBuilder", "load_plan"]
+
+_MAGIC = b"sodfast\n"
+_VERSION, _BYTE_ORDER, _NONE = 1, 0x01020304, 0xFFFFFFFF
+_HEADER = struct.Struct("<8sIIQIIIIIIII8f8f")
+_BLOCK, _BANK, _UPSAMPLE = 1, 2, 3
+_MOST_SCALES, _MOST_DILATIONS = 4, 8
+
+
+class Feature(NamedTuple):
+    """A feature map of a plan: its index, its channels, and how often its size is halved."""
+
+    index: int
+    channels: int
+    level: int
+
+
+class Step(NamedTuple):
+    """A step of a plan: its place in the network, and its multiply-accumulates for each pixel
+    of the image."""
+
+    name: str
+    macs_per_pixel: float
+
+
+class PlanBuilder:
+    """Collects the steps of a fused network (normalisation folded into the convolutions)."""
+
+    def __init__(self, network: nn.Module, in_channels: int) -> None:
+        self._names = {module: name for name, module in network.named_modules()}
+        self._features: list[Feature] = []
+        self._words: list[int] = []
+        self._floats: list[np.ndarray] = []
+        self._position = 0
+        self.steps: list[Step] = []
+        self.image = self._feature(in_channels, 0)
+
+    def block(
+        self,
+        module: nn.Module,
+        xs: Sequence[Feature],
+        conv: Any,
+        depthwise: Sequence[Any] = (),
+        head: Any = None,
+    ) -> list[Feature]:
+        """Add a gOctConv; then two depthwise layers, or a 1x1 convolution to one channel.
+
+        Args:
+            module: what the step is named after.
+            xs: one feature per scale.
+            conv: a :class:`sodfast.nn.GOctConv`.
+            depthwise: none or two :class:`sodfast.nn.SimplifiedGOctConv`.
+            head: None, or a 1x1 GOctConv from the one scale of ``conv`` to one channel.
+        """
+        level = xs[0].level + (conv.stride == 2)
+        channels = conv.out_channels if head is None else head.out_channels
+        ys = [self._feature(c, level + i) for i, c in enumerate(channels)]
+        words = [len(xs), *_indices(xs), len(ys), *_indices(ys), conv.kernel_size, conv.stride]
+        words += [int(bool(depthwise)), int(head is not None), *self._convolution(conv)]
+        for i in range(2):
+            words += self._convolution(depthwise[i]) if depthwise else [_NONE] * 3
+        words += self._convolution(head)[:2] if head is not None else [_NONE] * 2
+        macs = sum(
+            rows * columns * conv.kernel_size**2 / 4 ** (level + max(i, j))
+            for j, rows in enumerate(conv.out_channels)
+            for i, columns in enumerate(conv.in_channels)
+        )
+        macs += len(depthwise) * sum(9 * y.channels / 4**y.level for y in ys)
+        macs += conv.out_channels[0] / 4**level if head is not None else 0
+        self._step(_BLOCK, module, words, macs)
+        return ys
+
+    def bank(self, module: Any, xs: Sequence[Feature]) -> list[Feature]:
+        """Add a :class:`sodfast.nn.DilatedBank`."""
+        if len(module.dilations) > _MOST_DILATIONS:
+            raise NotImplementedError(f"a plan has no bank of {len(module.dilations)} dilations")
+        ys = [self._feature(sum(row), x.level) for row, x in zip(module.out_channels, xs)]
+        words = [len(xs), *_indices(xs), *_indices(ys), len(module.dilations)]
+        words += _padded(module.dilations, _MOST_DILATIONS)
+        rows = [_padded(row, _MOST_DILATIONS) for row in module.out_channels]
+        rows += [[0] * _MOST_DILATIONS] * (_MOST_SCALES - len(rows))
+        words += [count for row in rows for count in row]
+        words += _padded([self._floats_of(weight) for weight in module.weights], _MOST_SCALES)
+        words += [self._floats_of(module.bias), self._floats_of(module.slope)]
+        macs = sum(9 * x.channels * y.channels / 4**x.level for x, y in zip(xs, ys))
+        self._step(_BANK, module, words, macs)
+        return ys
+
+    def upsample(self, x: Feature) -> Feature:
+        """Add the bilinear upsampling to the image's size; it makes the plan's result."""
+        y = self._feature(x.channels, 0)
+        self._words += [_UPSAMPLE, 2, x.index, y.index]
+        self.steps.append(Step("upsample", 0.0))
+        return y
+
+    def blob(self, preprocessing: dict[str, Any]) -> bytes:
+        """The file."""
+        entries = np.array([(x.channels, x.level) for x in self._features], "<u4").tobytes()
+        words = np.array(self._words, "<u4").tobytes()
+        floats = b"".join(array.tobytes() for array in self._floats)
+        rest = entries + words + floats
+        channels = self.image.channels
+        mean, std = list(preprocessing["mean"]), list(preprocessing["std"])
+        header = _HEADER.pack(
+            _MAGIC, _VERSION, _BYTE_ORDER, _HEADER.size + len(rest), zlib.crc32(rest),
+            len(self._features), len(self.steps), len(self._words), self._position,
+            *preprocessing["size"], 0,
+            *_padded(_padded(mean, channels)[:channels], 8),
+            *_padded(_padded(std, channels, 1.0)[:channels], 8, 1.0),
+        )  # fmt: skip
+        return header + rest
+
+    def _feature(self, channels: int, level: int) -> Feature:
+        self._features.append(Feature(len(self._features), channels, level))
+        return self._features[-1]
+
+    def _step(self, kind: int, module: nn.Module, words: list[int], macs: float) -> None:
+        self._words += [kind, len(words), *words]
+        self.steps.append(Step(self._names.get(module, type(module).__name__), macs))
+
+    def _convolution(self, conv: Any) -> list[int]:
+        return [
+            self._floats_of(conv.weight),
+            self._floats_of(conv.bias),
+            self._floats_of(conv.slope),
+        ]
+
+    def _floats_of(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return _NONE
+        values = flush_denormals(tensor.detach().float()).cpu().numpy().astype("<f4").ravel()
+        self._floats.append(values)
+        position, self._position = self._position, self._position + values.size
+        return position
+
+
+def _indices(xs: Sequence[Feature]) -> list[int]:
+    return _padded([x.index for x in xs], _MOST_SCALES)
+
+
+def _padded(values: Sequence[Any], length: int, fill: Any = 0) -> list[Any]:
+    return [*values, *[fill] * (length - len(values))]
+
+
+class Plan(nn.Module):
+    """A fused network that runs as a plan: the whole of it is one op call on the CPU.
+
+    Made by :func:`sodfast.fuse` and :func:`sodfast.load_plan`. The plan runs float32 on the
+    CPU without autograd. Everything else (another device or dtype, the backend "reference")
+    runs layer by layer through ``network``; a plan that was loaded from a file has none.
+
+    Shape: image (B, C, H, W) to (B, 1, H, W); H and W must be multiples of what the network
+    halves them by.
+
+    Attributes:
+        blob: the file's bytes, uint8; not to be changed.
+        network: the fused network, layer by layer, or None.
+        steps: names and work of the plan's steps; empty for a plan from a file.
+    """
+
+    blob: Tensor
+
+    def __init__(
+        self, blob: bytes, network: nn.Module | None = None, steps: Sequence[Step] = ()
+    ) -> None:
+        super().__init__()
+        self.network, self.steps = network, tuple(steps)
+        self.register_buffer("blob", torch.frombuffer(bytearray(blob), dtype=torch.uint8))
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.network is not None and not _runs_as_plan(image):
+            return self.network(image)
+        return torch.ops.sodfast.run_plan(image, self.blob)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as a ``.sodfast`` file, whole or not at all.
+
+        :func:`sodfast.load_plan` and the C API (sodfast.h) read it.
+        """
+        with atomic_write(path) as file:
+            file.write(self.blob.cpu().numpy().tobytes())
+
+    def times(self, image: Tensor, repeats: int = 20) -> list[tuple[str, float, float]]:
+        """Median milliseconds and GMAC/s of each step, for one image (1, C, H, W), float32.
+
+        Returns:
+            (name, ms, GMAC/s) per step; the plan runs ``repeats`` times after a warm-up.
+        """
+        torch.ops.sodfast.run_plan(image, self.blob)
+        seconds = torch.ops.sodfast.time_plan(image, self.blob, repeats).median(0).values.tolist()
+        steps = self.steps or [Step(f"step {i}", 0.0) for i in range(1, len(seconds) + 1)]
+        pixels = image.shape[-2] * image.shape[-1]
+        return [
+            (step.name, 1e3 * s, 1e-9 * step.macs_per_pixel * pixels / s if s else 0.0)
+            for step, s in zip(steps, seconds)
+        ]
+
+    def extra_repr(self) -> str:
+        count = f"{len(self.steps)} steps, " if self.steps else ""
+        return f"{count}{self.blob.numel()} bytes; float32 on the CPU runs as a plan"
+
+
+def _runs_as_plan(image: Tensor) -> bool:
+    if image.device.type != "cpu" or image.dtype != torch.float32:
+        return False
+    return "run_plan" in _KERNELS["cpu"] and choose("run_plan", image) == "cpu"
+
+
+def load_plan(path: str | os.PathLike[str]) -> Plan:
+    """Open a ``.sodfast`` file that :meth:`Plan.save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no plan, or is damaged; names the file and says what is wrong.
+        RuntimeError: the compiled module is not there; a plan has no reference form.
+    """
+    path = Path(path)
+    blob = path.read_bytes()
+    if "run_plan" not in _KERNELS["cpu"]:
+        raise RuntimeError(f"{path}: a plan needs the compiled module, which is not there")
+    plan = Plan(blob)
+    try:
+        torch.ops.sodfast.run_plan(_empty_image(blob), plan.blob)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+    return plan
+
+
+def _empty_image(blob: bytes) -> Tensor:
+    """A batch of no images with the channels that a blob, good or bad, seems to want."""
+    channels = 0
+    if len(blob) >= _HEADER.size + 4:
+        (channels,) = struct.unpack_from("<I", blob, _HEADER.size)
+    return torch.empty(0, min(channels, 8), 1, 1)
+
+
+def make_plan(network: nn.Module) -> nn.Module:
+    """A fused network as a :class:`Plan` where it can be one; otherwise the network itself."""
+    add_to = getattr(network, "add_to", None)
+    config = getattr(network, "config", {})
+    if add_to is None or "in_channels" not in config:
+        return network
+    builder = PlanBuilder(network, config["in_channels"])
+    add_to(builder, builder.image)
+    preprocessing = check_preprocessing(getattr(network, "preprocessing", None))
+    return Plan(builder.blob(preprocessing), network, builder.steps)
+
+
+def _refuse_gradient(*_: Any) -> None:
+    raise RuntimeError("sodfast::run_plan has no gradient: a fused network is for inference")
+
+
+def _fake_run_plan(x: Tensor, blob: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], 1, *x.shape[2:])
+
+
+register("run_plan", fake=_fake_run_plan, backward=_refuse_gradient)
