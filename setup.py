@@ -5,6 +5,7 @@ No network, no GPU probing; CMakeLists.txt says what is built.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -61,11 +62,13 @@ class CMakeBuild(build_ext):
                 sys.exit("sodfast: building sodfast._C failed; the lines above say why")
 
     def copy_extensions_to_source(self) -> None:
-        """In an editable install, also the module that setuptools knows nothing of."""
+        """In an editable install, also what setuptools knows nothing of."""
         super().copy_extensions_to_source()
         built = Path(self.build_lib).resolve() / "sodfast"
         for module in built.glob("_C_cuda.*"):
             self.copy_file(str(module), str(HERE / "sodfast" / module.name))
+        for folder in ("lib", "include"):  # the C library
+            shutil.copytree(built / folder, HERE / "sodfast" / folder, dirs_exist_ok=True)
 
 
 setup(

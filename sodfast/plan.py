@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .models.image import check_image
 from .ops._backend import _KERNELS, choose, register
 from .preprocess import check_preprocessing
 from .weights import atomic_write, flush_denormals
@@ -55,7 +56,7 @@ class PlanBuilder:
         self._features: list[Feature] = []
         self._words: list[int] = []
         self._floats: list[np.ndarray] = []
-        self._position = 0
+        self._position = self._deepest = 0
         self.steps: list[Step] = []
         self.image = self._feature(in_channels, 0)
 
@@ -79,6 +80,7 @@ class PlanBuilder:
         level = xs[0].level + (conv.stride == 2)
         channels = conv.out_channels if head is None else head.out_channels
         ys = [self._feature(c, level + i) for i, c in enumerate(channels)]
+        self._deepest = max(self._deepest, level + max(len(xs), len(ys)) - 1)
         words = [len(xs), *_indices(xs), len(ys), *_indices(ys), conv.kernel_size, conv.stride]
         words += [int(bool(depthwise)), int(head is not None), *self._convolution(conv)]
         for i in range(2):
@@ -128,7 +130,7 @@ class PlanBuilder:
         header = _HEADER.pack(
             _MAGIC, _VERSION, _BYTE_ORDER, _HEADER.size + len(rest), zlib.crc32(rest),
             len(self._features), len(self.steps), len(self._words), self._position,
-            *preprocessing["size"], 0,
+            *preprocessing["size"], 1 << self._deepest,
             *_padded(_padded(mean, channels)[:channels], 8),
             *_padded(_padded(std, channels, 1.0)[:channels], 8, 1.0),
         )  # fmt: skip
@@ -189,11 +191,17 @@ class Plan(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.steps = network, tuple(steps)
+        self.in_channels, self.size_multiple = 0, 1
+        if len(blob) >= _HEADER.size + 4:  # whatever else it is: the op reads it with more care
+            (self.in_channels,) = struct.unpack_from("<I", blob, _HEADER.size)
+            self.size_multiple = _HEADER.unpack_from(blob)[11]
         self.register_buffer("blob", torch.frombuffer(bytearray(blob), dtype=torch.uint8))
+        self.eval()
 
     def forward(self, image: Tensor) -> Tensor:
         if self.network is not None and not _runs_as_plan(image):
             return self.network(image)
+        check_image(image, self.in_channels, self.size_multiple)
         return torch.ops.sodfast.run_plan(image, self.blob)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -240,22 +248,17 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     """
     path = Path(path)
     blob = path.read_bytes()
+    if not blob:
+        raise ValueError(f"{path}: the file is empty")
     if "run_plan" not in _KERNELS["cpu"]:
         raise RuntimeError(f"{path}: a plan needs the compiled module, which is not there")
     plan = Plan(blob)
     try:
-        torch.ops.sodfast.run_plan(_empty_image(blob), plan.blob)
+        channels = min(plan.in_channels, 8)
+        torch.ops.sodfast.run_plan(torch.empty(0, channels, 1, 1), plan.blob)
     except RuntimeError as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
     return plan
-
-
-def _empty_image(blob: bytes) -> Tensor:
-    """A batch of no images with the channels that a blob, good or bad, seems to want."""
-    channels = 0
-    if len(blob) >= _HEADER.size + 4:
-        (channels,) = struct.unpack_from("<I", blob, _HEADER.size)
-    return torch.empty(0, min(channels, 8), 1, 1)
 
 
 def make_plan(network: nn.Module) -> nn.Module:

@@ -142,7 +142,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not isinstance(name, str) or not isinstance(config, Mapping):
         raise TypeError(
             f"model must come from sodfast.create_model (it needs .name and .config), "
-            f"got {type(model).__name__}"
+            f"got {type(model).__name__}; of a fused model, save the one it was made from"
         )
     state = model.state_dict()
     if _outline(name, config, "model").state_dict().keys() != state.keys():

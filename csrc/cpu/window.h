@@ -84,6 +84,11 @@ void for_row_ranges(int scales, const Rows& rows, int64_t work, const Parallel& 
   });
 }
 
+}  // namespace
+
+namespace SODFAST_ISA {
+namespace {
+
 // Convolves `rows` rows; the taps point into the first, in_pitch from one row to the next.
 inline void conv_rows(const RowConv<float>& conv, int64_t in_pitch, int64_t in_row, int64_t out_pitch, int64_t rows,
                       int64_t cols) {
@@ -99,4 +104,5 @@ inline void conv_rows(const RowConv<float>& conv, int64_t in_pitch, int64_t in_r
 }
 
 }  // namespace
+}  // namespace SODFAST_ISA
 }  // namespace sodfast

@@ -33,7 +33,7 @@ struct Header {
   uint32_t crc;   // CRC-32 of what follows the header
   uint32_t tensors, steps, words, floats;
   uint32_t height, width;  // what the network was trained for
-  uint32_t reserved;
+  uint32_t multiple;       // that height and width must be of
   float mean[most_image_channels], std[most_image_channels];  // of an image with values 0 … 1
 };
 static_assert(sizeof(Header) == 120);

@@ -255,6 +255,8 @@ Plan::Plan(const void* data, size_t size) : kernels_(map_kernels()) {
   steps_.reserve(header_.steps);
   Reader(*this, words.data()).read_steps();
   check(std::holds_alternative<Upsample>(steps_.back()) && result.written >= 0, "no step writes the result");
+  check(header_.multiple == multiple(), "the file says that sizes must be multiples of ", header_.multiple,
+        ", and its steps of ", multiple());
 }
 
 }  // namespace sodfast::plan
