@@ -214,6 +214,16 @@ inline void deinterleave(Vec<double> low, Vec<double> high, Vec<double>& even, V
   even = low, odd = high;
 }
 
+// Keeps a value in its register: GCC would rather load it again for each use, and unaligned loads are dear.
+template <class T>
+inline void pin([[maybe_unused]] Vec<T>& a) {
+#if defined(__AVX512VL__)
+  if constexpr (Vec<T>::lanes > 1) asm("" : "+v"(a.v));
+#elif defined(__x86_64__)
+  if constexpr (Vec<T>::lanes > 1) asm("" : "+x"(a.v));
+#endif
+}
+
 // For all: keep(a, n) has a's first n lanes and zeros. interleave gives even[0], odd[0], even[1] … in two vectors,
 // deinterleave takes it apart.
 

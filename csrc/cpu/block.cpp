@@ -21,7 +21,7 @@ namespace SODFAST_ISA {
 namespace {
 
 constexpr int64_t lanes = Vec<float>::lanes;
-constexpr int64_t window_bytes = 384 << 10;  // of a thread: well within L2
+constexpr int64_t window_bytes = 512 << 10;  // of a thread: well within L2
 constexpr int64_t line_bytes = 20 << 10;     // of what stays in L1
 
 inline int64_t pitch_for(int64_t cols) { return (cols / lanes + 1) * lanes; }
@@ -92,7 +92,8 @@ class ScaleBlock {
       line_ = most(line_, PooledMap<float>::line(in[i].cols));
     }
     blocks_ = step.depthwise[0].weight != nullptr;
-    const int64_t windows = staged_channels_ + (blocks_ ? outs_ : 0) + outs_ * from_.n_coarse;
+    int64_t windows = staged_channels_ + (blocks_ ? outs_ : 0);
+    for (int m = 0; m < from_.n_coarse; ++m) windows += outs_ / coarse_factor(m);
     const int64_t row = pitch_ * static_cast<int64_t>(sizeof(float));
     band_ = least(window_bytes / most(1, windows * row), most(line_bytes / row, 4)) - 2;
     band_ = most(4, least(band_, rows_ + 3) / 4 * 4);
@@ -221,24 +222,24 @@ class ScaleBlock {
   // Rows [first, first + n) of the sources [i0, i1) that need it, resampled, with a halo of zeros around the map.
   void stage(Window& window, int i0, int i1, int64_t first, int64_t n, float* line) const {
     window.drop(first - halo_);
-    for (int64_t y = window.end; y < first + n + halo_; ++y) {
-      int64_t channel = 0;
-      for (int i = i0; i < i1; ++i) {
-        if (!staged_[i]) continue;
-        const PooledMap<float>& map = sources_[i];
-        const int64_t cols = map.out_cols();
-        for (int64_t c = 0; c < map.channels; ++c, ++channel) {
+    const int64_t end = first + n + halo_;
+    int64_t channel = 0;
+    for (int i = i0; i < i1; ++i) {
+      if (!staged_[i]) continue;
+      const PooledMap<float>& map = sources_[i];
+      const int64_t rows = map.out_rows(), cols = map.out_cols();
+      for (int64_t c = 0; c < map.channels; ++c, ++channel)
+        for (int64_t y = window.end; y < end; ++y) {
           float* row = window.row(channel, y);
-          if (y < 0 || y >= map.out_rows()) {
+          if (y < 0 || y >= rows) {
             std::memset(row, 0, window.pitch * sizeof(float));
           } else {
             map.row(c, y, row, line);
             window.zero_behind(row, cols);
           }
         }
-      }
     }
-    window.end = most(window.end, first + n + halo_);
+    window.end = most(window.end, end);
   }
 
   // The taps of row y of sources [i0, i1).
@@ -276,6 +277,7 @@ class ScaleBlock {
                         step_.bias == nullptr ? nullptr : step_.bias + o0_,
                         step_.slope == nullptr ? nullptr : step_.slope + o0_,
                         true,
+                        staged_channels_ == 0,
                         step_.head};
     for (int64_t r = 0; r < n; r += chunk) {
       const int64_t rows = least(chunk, n - r);

@@ -152,8 +152,12 @@ template <class T>
 void conv_vectors(const RowConv<T>& r, const Place* places, int64_t n) {
   if (r.outs == 0 || n == 0) return;
   const Blocks tiles(n, vectors_per_tile(r.outs));
-  for (int64_t i = 0; i < tiles.count; ++i)
+  for (int64_t i = 0; i < tiles.count; ++i) {
+    if (r.prefetch && i + 1 < tiles.count)
+      for (int64_t t = 0; t < r.n_taps; ++t)
+        for (int64_t v = tiles.begin(i + 1); v < tiles.begin(i + 2); ++v) __builtin_prefetch(r.taps[t] + places[v].in);
     conv_places(r, places + tiles.begin(i), static_cast<int>(tiles.begin(i + 1) - tiles.begin(i)));
+  }
 }
 
 template <class T>

@@ -50,6 +50,7 @@ struct RowConv {
   const T* bias;            // null: zero
   const T* slope;           // null: identity
   bool padded = false;      // behind a row there is room: whole vectors are read, the lanes beyond it written as zeros
+  bool prefetch = false;    // the taps are rows far apart, in memory: fetch those of the next tile ahead
   const T* head = nullptr;  // then Σ_o head[o] · out[o] is added to the one channel `out`
 };
 

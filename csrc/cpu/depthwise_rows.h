@@ -34,7 +34,8 @@ inline void depthwise_vector(const T* in, int64_t pitch, const Vec<T>* w, Vec<T>
 #pragma GCC unroll 8
   for (int i = 0; i < R + 2; ++i) {
     const T* p = in + i * pitch;
-    const X left = X::load(p - 1), here = X::load(p), right = X::load(p + 1);
+    X left = X::load(p - 1), here = X::load(p), right = X::load(p + 1);
+    pin(left), pin(here), pin(right);
 #pragma GCC unroll 8
     for (int ky = 0; ky < 3; ++ky) {
       const int r = i - ky;
@@ -55,15 +56,15 @@ template <class T, int R>
 inline void depthwise_block(const DepthwiseRows<T>& d, const Vec<T>* w, int64_t y) {
   constexpr int64_t L = Vec<T>::lanes;
   const Vec<T> bias(d.bias), slope(d.slope);
-  const T* in = d.in + y * d.pitch;
-  T* out = d.out + y * d.out_pitch;
+  const int64_t cols = d.cols, pitch = d.pitch, out_pitch = d.out_pitch;
+  const T* in = d.in + y * pitch;
+  T* out = d.out + y * out_pitch;
   int64_t x = 0;
-  for (; x + L <= d.cols; x += L)
-    depthwise_vector<T, R, true>(in + x, d.pitch, w, bias, slope, out + x, d.out_pitch, L);
-  if (x < d.cols)
-    depthwise_vector<T, R, false>(in + x, d.pitch, w, bias, slope, out + x, d.out_pitch, d.cols - x);
+  for (; x + L <= cols; x += L) depthwise_vector<T, R, true>(in + x, pitch, w, bias, slope, out + x, out_pitch, L);
+  if (x < cols)
+    depthwise_vector<T, R, false>(in + x, pitch, w, bias, slope, out + x, out_pitch, cols - x);
   else
-    for (int r = 0; r < R; ++r) Vec<T>(T(0)).store(out + r * d.out_pitch + x);
+    for (int r = 0; r < R; ++r) Vec<T>(T(0)).store(out + r * out_pitch + x);
 }
 
 template <class T>

@@ -92,7 +92,7 @@ namespace {
 // Convolves `rows` rows; the taps point into the first, in_pitch from one row to the next.
 inline void conv_rows(const RowConv<float>& conv, int64_t in_pitch, int64_t in_row, int64_t out_pitch, int64_t rows,
                       int64_t cols) {
-  constexpr int64_t L = Vec<float>::lanes, most_places = 64;
+  constexpr int64_t L = Vec<float>::lanes, most_places = 256;
   Place places[most_places];
   int64_t n = 0;
   for (int64_t r = 0; r < rows; ++r)
