@@ -28,7 +28,7 @@ export XDG_CACHE_HOME := $(CURDIR)/.cache
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 
-.PHONY: help demo test test-full lint format bench gpu cuda-on-host sanitize wheel sdist pictures clean distclean
+.PHONY: help demo test test-full lint format bench gpu cuda-on-host sanitize fuzz wheel sdist pictures clean distclean
 
 help:
 	@echo 'make demo       layers at work, a network that learns, maps of photos (WEIGHTS=FILE: yours)'
@@ -40,6 +40,7 @@ help:
 	@echo 'make gpu        on a machine with a GPU: builds, tests, checks and times the CUDA kernels'
 	@echo 'make cuda-on-host  the CUDA kernels as a library that the tests run without a GPU'
 	@echo 'make sanitize   the native kernels under the address and undefined-behaviour sanitizers'
+	@echo 'make fuzz       100,000 damaged .sodfast files through the C library, sanitized; N=1000 for fewer'
 	@echo 'make wheel      dist/sodfast-*.whl; make sdist: dist/sodfast-*.tar.gz'
 	@echo 'make pictures   redraws docs/images'
 	@echo 'make clean      removes what was built; make distclean: the environment too'
@@ -58,12 +59,14 @@ $(STAMPS)/base: requirements/base.txt $(STAMPS)/venv
 	@$(PIP) install $(if $(CI),--quiet) -r $<
 	@touch $@
 
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: requirements/%.txt $(STAMPS)/base
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs $(STAMPS)/bench: $(STAMPS)/%: requirements/%.txt $(STAMPS)/base
 	@echo 'installing $<'
 	@$(PIP) install --quiet -r $<
 	@touch $@
 
 $(STAMPS)/test: requirements/demo.txt requirements/docs.txt requirements/train.txt
+$(STAMPS)/bench: requirements/docs.txt
+$(STAMPS)/test: requirements/demo.txt requirements/docs.txt requirements/bench.txt
 
 $(STAMPS)/triton: requirements/triton.txt $(STAMPS)/base
 	@$(PY) -c 'import triton' 2>/dev/null || $(PIP) install --quiet -r $<
@@ -111,7 +114,7 @@ format: $(STAMPS)/lint
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(NATIVE)
 
-bench: $(STAMPS)/build
+bench: $(STAMPS)/build $(STAMPS)/bench
 	$(PY) bench/run.py $(ARGS)
 
 sanitize: $(STAMPS)/base
@@ -124,6 +127,14 @@ sanitize: $(STAMPS)/base
 # Uses the Python and the torch that are there (PYTHON=…), not .venv: they know the GPU.
 gpu:
 	$(PYTHON) bench/gpu/stages.py $(ARGS)
+
+N ?= 100000
+fuzz: $(STAMPS)/build
+	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Debug \
+	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DSODFAST_SANITIZE=ON -DSODFAST_NATIVE_TESTS=ON
+	$(VENV)/bin/cmake --build build/sanitize --target sodfast_fuzz
+	$(PY) tests/native/small_plans.py build/sanitize/plans
+	build/sanitize/sodfast_fuzz $(N) 1 build/sanitize/plans/*.sodfast
 
 wheel: $(STAMPS)/base
 	$(PIP) wheel --no-build-isolation --no-deps -w dist .

@@ -87,7 +87,8 @@ def layer_work(network: str, layer: str, training: bool) -> Work:
     model = build_network(network)
     module = model.get_submodule(layer)
     if not training and not isinstance(module, sodfast.nn.NormAct):
-        model = sodfast.fuse(model)
+        fused = sodfast.fuse(model)
+        model = getattr(fused, "network", fused)  # the layers of a plan
         module = model.get_submodule(layer)
     shapes = _input_shapes(model, layer, TRAINING_BATCH if training else 1)
     if training and isinstance(module, sodfast.nn.DilatedBank):

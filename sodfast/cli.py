@@ -22,6 +22,7 @@ __all__ = ["main"]
 _SUBCOMMANDS = (
     "commands.predict",
     "commands.convert",
+    "commands.export",
     "commands.evaluate",
     "commands.plot",
     "commands.prune",

@@ -32,8 +32,8 @@ struct Header {
   uint64_t size;  // of the file
   uint32_t crc;   // CRC-32 of what follows the header
   uint32_t tensors, steps, words, floats;
-  uint32_t height, width;  // what the network was trained for
-  uint32_t multiple;       // that height and width must be of
+  uint32_t height, width;                                     // what the network was trained for
+  uint32_t multiple;                                          // that height and width must be of
   float mean[most_image_channels], std[most_image_channels];  // of an image with values 0 … 1
 };
 static_assert(sizeof(Header) == 120);

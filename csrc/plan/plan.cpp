@@ -31,7 +31,7 @@ class Plan::Lease {
     const std::lock_guard<std::mutex> lock(plan.mutex_);
     if (plan.idle_.empty()) {
       context = std::make_unique<Context>();
-      context->maps.resize(plan.tensors_.size()), context->offsets.resize(plan.tensors_.size());
+      context->maps.resize(plan.tensors_.size()), context->places.reserve(plan.tensors_.size());
       plan.idle_.reserve(plan.idle_.capacity() + 1);
     } else {
       context = std::move(plan.idle_.back());
@@ -55,44 +55,46 @@ Map Plan::map_of(const Tensor& t, int64_t height, int64_t width) const {
   return map;
 }
 
-// The lowest place for each tensor where none that lives at the same time lies; returns the arena's size in floats.
-int64_t Plan::lay_out(int64_t height, int64_t width, std::vector<int64_t>& offsets) const {
-  const size_t n = tensors_.size();
-  const auto size_of = [&](size_t i) {
+// The largest tensors first, each at the lowest place where none that lives at the same time lies; returns the arena's
+// size in floats.
+int64_t Plan::lay_out(int64_t height, int64_t width, std::vector<Place>& places) const {
+  places.clear();
+  for (size_t i = 1; i + 1 < tensors_.size(); ++i) {
     const Map map = map_of(tensors_[i], height, width);
-    return map.channels * map.plane + room;
-  };
+    if (map.channels > 0 && tensors_[i].written > 0) places.push_back({i, map.channels * map.plane + room, -1});
+  }
+  std::sort(places.begin(), places.end(),
+            [](const Place& a, const Place& b) { return a.size != b.size ? a.size > b.size : a.tensor < b.tensor; });
   int64_t arena = 0;
-  for (size_t i = 1; i + 1 < n; ++i) offsets[i] = -1;
-  // Tensors are placed in the order in which they are written.
-  for (int64_t step = 1; step <= steps(); ++step)
-    for (size_t i = 1; i + 1 < n; ++i) {
-      if (tensors_[i].written != step || tensors_[i].channels == 0) continue;
-      const int64_t size = size_of(i);
-      int64_t place = 0;
-      for (bool moved = true; moved;) {
-        moved = false;
-        for (size_t k = 1; k + 1 < n; ++k) {
-          if (offsets[k] < 0 || tensors_[k].last_read < step) continue;
-          if (place < offsets[k] + size_of(k) && offsets[k] < place + size)
-            place = offsets[k] + size_of(k), moved = true;
-        }
+  for (size_t i = 0; i < places.size(); ++i) {
+    Place& place = places[i];
+    const Tensor& t = tensors_[place.tensor];
+    int64_t offset = 0;
+    for (bool moved = true; moved;) {
+      moved = false;
+      for (size_t k = 0; k < i; ++k) {
+        const Place& other = places[k];
+        const Tensor& o = tensors_[other.tensor];
+        if (o.last_read < t.written || t.last_read < o.written) continue;
+        if (offset < other.offset + other.size && other.offset < offset + place.size)
+          offset = other.offset + other.size, moved = true;
       }
-      offsets[i] = place;
-      arena = std::max(arena, place + size);
     }
+    place.offset = offset;
+    arena = std::max(arena, offset + place.size);
+  }
   return arena;
 }
 
 int64_t Plan::arena_bytes(int64_t height, int64_t width) const {
-  std::vector<int64_t> offsets(tensors_.size());
-  return lay_out(height, width, offsets) * static_cast<int64_t>(sizeof(float));
+  std::vector<Place> places;
+  return lay_out(height, width, places) * static_cast<int64_t>(sizeof(float));
 }
 
 void Plan::prepare(Context& context, int64_t height, int64_t width) const {
   if (context.height == height && context.width == width) return;
   context.height = 0;
-  const int64_t size = lay_out(height, width, context.offsets);
+  const int64_t size = lay_out(height, width, context.places);
   if (size > context.arena_size || context.arena == nullptr) {
     context.arena.reset();
     context.arena_size = 0;
@@ -108,9 +110,10 @@ void Plan::prepare(Context& context, int64_t height, int64_t width) const {
     if (i == 0 || i + 1 == tensors_.size()) {  // the caller's: not padded
       map.pitch = map.cols, map.plane = map.rows * map.cols;
     } else {
-      map.data = context.arena.get() + std::max<int64_t>(context.offsets[i], 0);
+      map.data = context.arena.get();  // of a tensor without channels, which has no place of its own
     }
   }
+  for (const Place& place : context.places) context.maps[place.tensor].data = context.arena.get() + place.offset;
   context.height = height, context.width = width;
 }
 

@@ -59,19 +59,23 @@ class Plan {
     int level;
     int64_t written = -1, last_read = -1;  // steps
   };
+  struct Place {  // of a tensor in the arena, in floats
+    size_t tensor;
+    int64_t size, offset;
+  };
   // One image on its way through the steps.
   struct Context {
     int64_t height = 0, width = 0;
     std::unique_ptr<float, void (*)(void*)> arena{nullptr, nullptr};
     int64_t arena_size = 0;
     std::vector<Map> maps;
-    std::vector<int64_t> offsets;
+    std::vector<Place> places;
   };
   class Reader;
   class Lease;
 
   Map map_of(const Tensor&, int64_t height, int64_t width) const;
-  int64_t lay_out(int64_t height, int64_t width, std::vector<int64_t>& offsets) const;
+  int64_t lay_out(int64_t height, int64_t width, std::vector<Place>& places) const;
   void prepare(Context&, int64_t height, int64_t width) const;
   void run_image(Context&, const float* image, float* result, const Parallel&, double* seconds) const;
 

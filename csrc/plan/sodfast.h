@@ -34,10 +34,10 @@ typedef enum sodfast_status {
 typedef struct sodfast_network sodfast_network;
 
 typedef struct sodfast_description {
-  int32_t channels;       /* of the image, RGB first */
-  int32_t multiple;       /* height and width must be multiples of it */
-  int32_t height, width;  /* what the network was trained for, in pixels */
-  float mean[8], std[8];  /* per channel: the network wants (value - mean) / std for values from 0 to 1 */
+  int32_t channels;      /* of the image, RGB first */
+  int32_t multiple;      /* height and width must be multiples of it */
+  int32_t height, width; /* what the network was trained for, in pixels */
+  float mean[8], std[8]; /* per channel: the network wants (value - mean) / std for values from 0 to 1 */
 } sodfast_description;
 
 /* Opens a file, or its bytes (they may be freed afterwards), for `threads` threads per call, the calling one

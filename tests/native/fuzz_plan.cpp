@@ -32,13 +32,25 @@ void mutate(Bytes& data, std::mt19937_64& random, size_t weights) {
     // What describes the network is small beside its weights, and more rewarding.
     const size_t at = below(below(10) == 0 ? data.size() : std::min(weights, data.size()));
     switch (below(7)) {
-      case 0: data[at] ^= static_cast<unsigned char>(1u << below(8)); break;
-      case 1: data[at] = static_cast<unsigned char>(random()); break;
-      case 2: data.resize(at); break;
-      case 3: data.insert(data.begin() + static_cast<long>(at), 4 * (1 + below(8)), 0); break;
-      case 4: data.erase(data.begin() + static_cast<long>(at), data.begin() + static_cast<long>(std::min(at + 4, data.size()))); break;
+      case 0:
+        data[at] ^= static_cast<unsigned char>(1u << below(8));
+        break;
+      case 1:
+        data[at] = static_cast<unsigned char>(random());
+        break;
+      case 2:
+        data.resize(at);
+        break;
+      case 3:
+        data.insert(data.begin() + static_cast<long>(at), 4 * (1 + below(8)), 0);
+        break;
+      case 4:
+        data.erase(data.begin() + static_cast<long>(at),
+                   data.begin() + static_cast<long>(std::min(at + 4, data.size())));
+        break;
       default: {  // a whole word
-        static const uint32_t words[] = {0, 1, 2, 3, 4, 5, 8, 16, 255, 256, 4095, 4096, 0x7fffffff, 0x80000000, 0xffffffff};
+        static const uint32_t words[] = {0,   1,   2,    3,    4,          5,          8,         16,
+                                         255, 256, 4095, 4096, 0x7fffffff, 0x80000000, 0xffffffff};
         const size_t word = at / 4 * 4;
         if (word + 4 > data.size()) break;
         uint32_t value;

@@ -1,0 +1,21 @@
+"""small_plans.py FOLDER: plans of small networks of each kind, for the fuzzer."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import sodfast
+
+NETWORKS = {
+    "csnet": ("csnet", {"width": 0.3}),
+    "wide": ("csnet", {"width": 0.3, "fused_stages": (1, 2, 3, 4)}),
+    "extractor": ("extractor", {"width": 0.2, "in_channels": 4}),
+    "vanilla": ("vanilla", {"width": 0.15}),
+}
+
+folder = Path(sys.argv[1])
+folder.mkdir(parents=True, exist_ok=True)
+torch.manual_seed(0)
+for name, (model, config) in NETWORKS.items():
+    sodfast.fuse(sodfast.create_model(model, **config)).save(folder / f"{name}.sodfast")
