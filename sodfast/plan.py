@@ -33,9 +33,9 @@ _MOST_SCALES, _MOST_DILATIONS = 4, 8
 
 
 class Feature(NamedTuple):
-    """A feature map of a plan: its index, its channels, and how often its size is halved."""
+    """A feature map of a plan: its number, its channels, and how often its size is halved."""
 
-    index: int
+    number: int
     channels: int
     level: int
 
@@ -115,7 +115,7 @@ class PlanBuilder:
     def upsample(self, x: Feature) -> Feature:
         """Add the bilinear upsampling to the image's size; it makes the plan's result."""
         y = self._feature(x.channels, 0)
-        self._words += [_UPSAMPLE, 2, x.index, y.index]
+        self._words += [_UPSAMPLE, 2, x.number, y.number]
         self.steps.append(Step("upsample", 0.0))
         return y
 
@@ -161,7 +161,7 @@ class PlanBuilder:
 
 
 def _indices(xs: Sequence[Feature]) -> list[int]:
-    return _padded([x.index for x in xs], _MOST_SCALES)
+    return _padded([x.number for x in xs], _MOST_SCALES)
 
 
 def _padded(values: Sequence[Any], length: int, fill: Any = 0) -> list[Any]:

@@ -102,7 +102,7 @@ class CSNet(nn.Module):
         xs = [image]
         features = []
         for stage, blocks in enumerate(self.stages):
-            for block in blocks:
+            for block in blocks.children():
                 xs = block.add_to(plan, xs)
             if stage in self.fused_stages:
                 features.append(xs[0])

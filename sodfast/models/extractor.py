@@ -101,7 +101,7 @@ class Extractor(nn.Module):
         """Add the fused network to a :class:`sodfast.plan.PlanBuilder`."""
         xs = [image]
         for blocks in self.stages:
-            for block in blocks:
+            for block in blocks.children():
                 xs = block.add_to(plan, xs)
         (logits,) = plan.block(self.head, xs, self.head)
         return plan.upsample(logits)
