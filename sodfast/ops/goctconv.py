@@ -77,7 +77,7 @@ def goctconv_reference(
         xs = [F.avg_pool2d(x, 2) if x.shape[1] else x for x in xs]
     ys = []
     for j, rows in enumerate(weight.split(list(out_channels))):
-        size = (height >> j, width >> j)
+        size = (height // 2**j, width // 2**j)  # no shifts: ONNX has none for sizes
         y = None
         for i, (x, kernel) in enumerate(zip(xs, rows.split(in_channels, dim=1))):
             if kernel.numel() == 0:  # an absent scale on either side
