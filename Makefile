@@ -64,9 +64,8 @@ $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs $(STAMPS)/bench: $(S
 	@$(PIP) install --quiet -r $<
 	@touch $@
 
-$(STAMPS)/test: requirements/demo.txt requirements/docs.txt requirements/train.txt
-$(STAMPS)/bench: requirements/docs.txt
-$(STAMPS)/test: requirements/demo.txt requirements/docs.txt requirements/bench.txt
+$(STAMPS)/test: requirements/demo.txt requirements/docs.txt requirements/train.txt requirements/export.txt
+$(STAMPS)/bench: requirements/docs.txt requirements/export.txt
 
 $(STAMPS)/triton: requirements/triton.txt $(STAMPS)/base
 	@$(PY) -c 'import triton' 2>/dev/null || $(PIP) install --quiet -r $<
