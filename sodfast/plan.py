@@ -258,6 +258,9 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         torch.ops.sodfast.run_plan(torch.empty(0, channels, 1, 1), plan.blob)
     except RuntimeError as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+    # The op knows plans by their header: it would take a damaged copy of one in use for that.
+    if zlib.crc32(blob[_HEADER.size :]) != _HEADER.unpack_from(blob)[4]:
+        raise ValueError(f"{path}: the file is damaged: its checksum is wrong")
     return plan
 
 

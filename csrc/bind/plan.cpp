@@ -6,7 +6,7 @@
 #include <memory>
 #include <mutex>
 
-#include "bind/common.h"
+#include "bind/cpu.h"
 
 namespace sodfast {
 namespace {
