@@ -117,7 +117,7 @@ class Case:
 
         def call(t: Tensors) -> list[Tensor]:
             vectors = [t[name][0] for name in ("weight", "bias", "slope")]
-            running = [r.to(vectors[0].dtype) for r in self.running]
+            running = [r.to(vectors[0]) for r in self.running]  # dtype and device
             ys, *statistics = function(t["xs"], *vectors, *running, self.training, self.eps)
             return [*ys, *statistics]
 

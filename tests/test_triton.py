@@ -262,6 +262,11 @@ def test_raw_ops_refuse_nonsense(triton: str) -> None:
     device, taken = device_of(triton), []
     with running(triton):
         for name, arguments in nonsense():
+            leaves = torch.utils._pytree.tree_leaves(arguments)
+            if device.type != "cpu" and not all(
+                t.is_contiguous() for t in leaves if isinstance(t, Tensor)
+            ):
+                continue  # a copy on a GPU is contiguous: the nonsense would be gone
             moved = torch.utils._pytree.tree_map_only(
                 Tensor, lambda t: t.to(device) if t.device.type == "cpu" else t, arguments
             )
@@ -342,7 +347,10 @@ def test_gpus_without_compiled_kernels_get_triton(
     monkeypatch.setattr(_backend, "_requested", None)
     monkeypatch.setattr(_backend, "_warned", set())
     with FakeTensorMode():  # tensors with a device, but without memory
-        x, wide = (torch.empty(1, device=device, dtype=t) for t in (torch.half, torch.double))
+        try:
+            x, wide = (torch.empty(1, device=device, dtype=t) for t in (torch.half, torch.double))
+        except AssertionError as error:  # a torch for another kind of GPU
+            pytest.skip(str(error))
         assert _backend.choose("goctconv", x) == _backend.choose("decay_", x) == "triton"
         with pytest.warns(UserWarning, match="slower reference: the Triton kernels .*float64"):
             assert _backend.choose("goctconv", wide) == "reference"
