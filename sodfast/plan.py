@@ -270,6 +270,8 @@ def make_plan(network: nn.Module) -> nn.Module:
     config = getattr(network, "config", {})
     if add_to is None or "in_channels" not in config:
         return network
+    if any(tensor.is_meta for tensor in network.state_dict().values()):  # shapes without numbers
+        return network
     builder = PlanBuilder(network, config["in_channels"])
     add_to(builder, builder.image)
     preprocessing = check_preprocessing(getattr(network, "preprocessing", None))

@@ -25,7 +25,7 @@ def onnx_bytes(case: Case, work: Work) -> bytes:
     import onnxscript  # noqa: F401
 
     logging.disable(logging.WARNING)
-    network, (image,) = folded(case, work)
+    network, (image,), *_ = folded(case, work)
     with torch.no_grad():
         program = torch.onnx.export(
             getattr(network, "network", network), (image,), opset_version=18, dynamo=True,
@@ -39,7 +39,7 @@ def onnx_bytes(case: Case, work: Work) -> bytes:
 
 def checked(case: Case, work: Work, call: Any) -> Work:
     """The call as work, after a look at its result: a rival that is wrong is no rival."""
-    network, (image,) = folded(case, work)
+    network, (image,), *_ = folded(case, work)
     with torch.no_grad():
         expected = network(image)
     got = torch.from_numpy(call(image))
