@@ -94,7 +94,7 @@ demo: $(STAMPS)/build $(STAMPS)/demo
 	@$(PY) demo/run.py $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(ARGS)
 
 test: $(STAMPS)/build $(STAMPS)/test $(STAMPS)/cuda-on-host $(STAMPS)/triton
-	$(PY) -m pytest -q --durations=10 $(ARGS)
+	$(PY) -m pytest -q -n 2 --dist worksteal --durations=10 $(ARGS)
 
 test-full: $(STAMPS)/build $(STAMPS)/test $(STAMPS)/cuda-on-host $(STAMPS)/triton
 	$(PY) -m pytest -q --durations=20 --full $(ARGS)

@@ -22,7 +22,8 @@ from sodfast.ops import _backend
 
 SHARED = Path(__file__).parents[2] / "shared"
 
-torch.set_num_threads(2)
+# With several processes (pytest -n) a core each; else two threads, so that both are tried.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 # Hypothesis: generated shapes per test, and no deadline, as a first call may load or compile.
 common = {
