@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .models import CSNet
 from .nn import NormAct
+from .plan import Plan
 
 Tensors = dict[str, Tensor]
 Masks = dict[str, Tensor]
@@ -23,11 +24,12 @@ FUSION = ("fusion.mix", "fusion.bank", "fusion.merge")
 
 def check_csnet(model: nn.Module) -> CSNet:
     """The model, if it is a CSNet as its configuration describes it; otherwise a TypeError."""
-    if not isinstance(model, CSNet):
+    whole = model.network if isinstance(model, Plan) else model
+    if not isinstance(whole, CSNet):
         raise TypeError(f"model must be a CSNet, not {type(model).__name__}")
-    if not any(isinstance(module, NormAct) for module in model.modules()):
+    if not any(isinstance(module, NormAct) for module in whole.modules()):
         raise TypeError("model is fused for inference: prune the one that it was made from")
-    return model
+    return whole
 
 
 def blocks(channels: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:

@@ -63,10 +63,11 @@ class Teacher:
     """
 
     def __init__(self, weights: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
-        self.model: nn.Module = fuse(load(weights)).to(device)
+        network = load(weights)
+        self.model: nn.Module = fuse(network).to(device)
         self.identity = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-        self.preprocessing: dict[str, Any] = self.model.preprocessing  # type: ignore[assignment]
-        self.multiple = int(getattr(self.model, "size_multiple", 1))
+        self.preprocessing: dict[str, Any] = network.preprocessing  # type: ignore[assignment]
+        self.multiple = int(getattr(network, "size_multiple", 1))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
