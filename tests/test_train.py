@@ -421,7 +421,7 @@ def test_settings_change_a_recipe() -> None:
         ("epochs=1.5", "epochs must be a whole number"),
         ("lr=0", "lr must be above 0"),
         ("epochs=0", "epochs must be at least 1, got 0"),
-        ("schedule=linear", "schedule must be steps or cosine, got 'linear'"),
+        ("schedule=linear", "schedule must be steps or cosine or warmup_cosine, got 'linear'"),
         ("finetune_epochs=99", r"finetune_epochs must not exceed epochs \(16\), got 99"),
         ("sizes=[[2, 64]]", "sizes must be"),
         ("lambda_steps=[[0.5, -1]]", "lambda_steps must be"),
@@ -442,14 +442,17 @@ def test_schedules() -> None:
     fast = load_recipe("csnet-fast")
     warm = [learning_rate(fast, done, -1.0, 600) for done in (0, 0.008, 0.05)]
     assert warm[0] < 0.02 * fast.lr and warm[0] < warm[1] < warm[2]
-    assert learning_rate(fast, 13 / 16, -1.0, 600) == pytest.approx(fast.lr * fast.final_lr)
-    assert learning_rate(fast, 1.0, 13 / 16, 600) == pytest.approx(0, abs=1e-6)
+    end = 11 / 16  # when channels are eliminated
+    assert learning_rate(fast, end, -1.0, 600) == fast.lr
+    round_ = load_recipe("csnet-fast", ["schedule=cosine", "final_lr=0.05"])
+    assert learning_rate(round_, end, -1.0, 600) == pytest.approx(0.05 * fast.lr)
+    assert learning_rate(fast, 1.0, end, 600) == pytest.approx(0, abs=1e-6)
     assert max(
-        learning_rate(fast, done, 13 / 16, 600) for done in np.linspace(13 / 16, 1, 200)
+        learning_rate(fast, done, end, 600) for done in np.linspace(end, 1, 200)
     ) == pytest.approx(fast.finetune_lr, rel=0.02)
     assert [image_size(fast, done) for done in (0, 0.75, 0.99)] == [64, 96, 112]
     assert image_size(paper, 0.5) == 224
-    assert [decay_strength(fast, done) for done in (0.1, 0.3, 0.6)] == [0.0, 0.3, 3.0]
+    assert [decay_strength(fast, done) for done in (0.1, 0.3, 0.6)] == [0.0, 0.15, 0.15]
     assert decay_strength(paper, 0.0) == 3.0
 
 
