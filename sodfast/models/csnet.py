@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ class CSNet(nn.Module):
         features = []
         for stage, blocks in enumerate(self.stages):
             for block in blocks.children():
-                xs = block.add_to(plan, xs)
+                xs = cast(Any, block).add_to(plan, xs)
             if stage in self.fused_stages:
                 features.append(xs[0])
         (logits,) = self.fusion.add_to(plan, features, self.head)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ class Extractor(nn.Module):
         xs = [image]
         for blocks in self.stages:
             for block in blocks.children():
-                xs = block.add_to(plan, xs)
+                xs = cast(Any, block).add_to(plan, xs)
         (logits,) = plan.block(self.head, xs, self.head)
         return plan.upsample(logits)
 
