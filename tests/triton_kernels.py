@@ -19,6 +19,11 @@ from torch import Tensor
 import sodfast
 from sodfast.ops import _backend, _triton
 
+# Before a test of torch.compile imports Triton: its own library is then made to be compiled.
+if _triton.INSTALLED and not torch.cuda.is_available():
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        importlib.import_module("sodfast.kernels")
+
 BACKENDS = ("triton-interpreted", "triton")
 HALVES = (torch.float16, torch.bfloat16)
 
