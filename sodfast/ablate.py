@@ -65,13 +65,13 @@ def plan(
             else f"this ablation has no teacher, got {os.fspath(teachers[0])}"
         )
     listed: list[tuple[str, str, dict[str, Any], str]]
-    listed = [(*run, "") for run in ablation.runs]
+    listed = [(series, point, varied, "") for series, point, varied in ablation.runs]
     for path in map(Path, teachers):
         # Training calls all its results alike: then the folder says which run it was.
         name = path.parent.name if path.stem in ("weights", "trained") else path.stem
         listed.append((name or path.stem, "", {}, str(path)))
     first = load_recipe(recipe, settings).seed
-    runs = []
+    runs: list[Run] = []
     for seed in range(first, first + seeds):
         for series, point, varied, teacher in listed:
             own = {**varied, "seed": seed}

@@ -67,7 +67,7 @@ class Teacher:
         self.model: nn.Module = fuse(network).to(device)
         self.identity = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
         self.preprocessing: dict[str, Any] = network.preprocessing  # type: ignore[assignment]
-        self.multiple = int(getattr(network, "size_multiple", 1))  # type: ignore[arg-type]
+        self.multiple = int(getattr(network, "size_multiple", 1))
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
