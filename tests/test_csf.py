@@ -83,11 +83,16 @@ def test_impossible_configuration_is_refused(config, message):
 
 @pytest.fixture(scope="module", params=FORMS, ids=lambda form: form[0])
 def model(request):
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     encoder, norm = request.param
     model = sodfast.create_model("csf", encoder=encoder, channels=NARROW)
     assert model.config["norm"] == norm
-    with torch.no_grad():  # statistics that fit: fresh ones let the values grow from block to block
+    with torch.no_grad():
+        # As in a trained network each block adds a little to its input, and the statistics fit:
+        # fresh ones let values and rounding errors grow from block to block.
+        for name, module in model.encoder.named_modules():
+            if name.endswith("bn3"):
+                module.weight.fill_(0.25)
         for module in model.modules():
             if isinstance(module, (nn.BatchNorm2d, sodfast.nn.NormAct)):
                 module.momentum = 1.0
@@ -112,8 +117,7 @@ def test_fused_form_is_equal(model, backend, device):
     assert not any(isinstance(module, sodfast.nn.NormAct) for module in fused.modules())
     expected = model(image)
     assert expected.std() > 0
-    # The deep encoder with fresh weights enlarges every rounding; the algebra shows in float64.
-    assert (fused(image) - expected).abs().max() <= 1e-3 * expected.abs().max()
+    assert (fused(image) - expected).abs().max() <= 5e-5 * expected.abs().max()
     exact = model.double()(image.double())
     torch.testing.assert_close(sodfast.fuse(model)(image.double()), exact, rtol=1e-9, atol=1e-9)
 

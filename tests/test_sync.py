@@ -120,14 +120,12 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
 
 
 def test_in_one_process_it_is_the_plain_norm() -> None:
-    """But for the last bit: the statistics are summed in another precision."""
+    """Bit for bit forward; backward but for the last bits: sums are taken in another precision."""
     xs, grads = inputs()
     plain, synced = step(make(), xs, grads), step(synchronise(make()), xs, grads)
+    assert all(torch.equal(a, b) for a, b in zip(plain.pop("ys"), synced.pop("ys")))
     for name in plain:
-        torch.testing.assert_close(synced[name], plain[name], rtol=1e-4, atol=1e-5)
-    norm = synchronise(make())
-    norm.eval()
-    assert all(torch.equal(a, b) for a, b in zip(norm(xs), make().eval()(xs)))
+        torch.testing.assert_close(synced[name], plain[name], rtol=2e-6, atol=2e-5)
 
 
 def test_a_single_value_per_channel_is_refused() -> None:
