@@ -6,6 +6,7 @@ SCFM and the losses take tensors.
 """
 
 from .blocks import CrossStageFusion, DilatedBank, GOctConvBNAct, ILBlock
+from .dynamic_distillation import DynamicDistillation, DynamicDistillationLoss
 from .layers import GOctConv, NormAct, SimplifiedGOctConv
 from .losses import (
     BoundaryDiceLoss,
@@ -22,6 +23,8 @@ __all__ = [
     "CrossStageFusion",
     "DiceLoss",
     "DilatedBank",
+    "DynamicDistillation",
+    "DynamicDistillationLoss",
     "GOctConv",
     "GOctConvBNAct",
     "ILBlock",

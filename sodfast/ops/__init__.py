@@ -11,6 +11,7 @@ from .boundary import (
     structure_polishing_sums_reference,
 )
 from .decay import adam_decay_, adam_decay_reference_, decay_, decay_reference_
+from .dkd import dkd_loss, dkd_loss_reference, dkd_sums, dkd_sums_reference
 from .goctconv import goctconv, goctconv_reference
 from .goctconv_depthwise import goctconv_depthwise, goctconv_depthwise_reference
 from .goctconv_dilated import goctconv_dilated, goctconv_dilated_reference
@@ -29,6 +30,10 @@ __all__ = [
     "boundary_reference",
     "decay_",
     "decay_reference_",
+    "dkd_loss",
+    "dkd_loss_reference",
+    "dkd_sums",
+    "dkd_sums_reference",
     "goctconv",
     "goctconv_depthwise",
     "goctconv_depthwise_reference",
