@@ -67,6 +67,16 @@ STABLE_TORCH_LIBRARY(sodfast, m) {
   // (B, 2, 3): per image, of the map and of its boundary, Σ p g, Σ p, Σ g, where p = sigmoid(logits), g = truth.
   m.def("structure_polishing_sums(Tensor logits, Tensor truth, int k) -> Tensor");
   m.def("structure_polishing_sums_backward(Tensor grad, Tensor logits, Tensor truth, int k) -> Tensor");
+
+  // (B, 2, 2): per image, of p = sigmoid(student_logits) and of the teacher's, Σ p g and Σ (p (1 - g) + (1 - p) g).
+  m.def("dkd_sums(Tensor student_logits, Tensor teacher_logits, Tensor truth) -> Tensor");
+  // (B,), per image the mean of theta · kl_factor · KL + (1 - theta) · CE; and its gradient to student_logits, or (0,).
+  m.def(
+      "dkd_loss(Tensor student_logits, Tensor teacher_logits, Tensor truth, Tensor theta, float temperature, "
+      "float kl_factor, bool with_gradient) -> (Tensor, Tensor)");
+  // grad is (B,), gradient what dkd_loss returned: their product.
+  m.def("dkd_loss_backward(Tensor grad, Tensor gradient) -> Tensor");
+
   // A whole fused network: image (B, C, H, W) to (B, C', H, W); blob is a .sodfast file (csrc/plan/format.h).
   m.def("run_plan(Tensor x, Tensor blob) -> Tensor");
   // Seconds of each step, (repeats, steps) float64.

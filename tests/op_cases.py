@@ -300,7 +300,7 @@ def assert_registered(name: str, arguments: tuple) -> None:
     trained = (
         name in ("goctconv", "goctconv_depthwise", "goctconv_dilated") and arguments[3] is None
     )
-    if name == "structure_polishing_sums":  # only its first argument has a gradient
+    if name in ("structure_polishing_sums", "dkd_loss"):  # only their first argument has one
         arguments = (arguments[0].detach().requires_grad_(), *arguments[1:])
     elif trained or name in ("goctconv_norm_act", "scfm", "boundary"):
         arguments = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), arguments)

@@ -64,4 +64,9 @@ struct BoundaryShape {
   int thin = thin_erosion;
 };
 
+// Maps of one channel.
+struct DkdShape {
+  int64_t images = 0, pixels = 0;
+};
+
 }  // namespace sodfast

@@ -1,4 +1,4 @@
-// 1 / (1 + exp(-x)), to about one unit in the last place of float; NaN stays NaN.
+// e^x and 1 / (1 + e^-x), to about one unit in the last place of float; NaN stays NaN.
 #pragma once
 
 #include <cmath>
@@ -33,14 +33,13 @@ inline Vec<float> power_of_two(Vec<float> n) {
 inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return vdivq_f32(a.v, b.v); }
 #endif
 
-inline Vec<float> sigmoid(Vec<float> x) {
+// e^x for x ≤ 88; e^-87 is the last that is not 0 further down.
+inline Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
-  // e^-x = 2^n e^r, |r| ≤ ln 2 / 2. From ±88 on the result is 0 or 1 to float's precision.
-  V y = V(0.0f) - x;
-  y = where_greater(y, V(88.0f), V(88.0f), y);
-  y = where_greater(V(-88.0f), y, V(-88.0f), y);
-  const V shifted = fma(y, V(1.44269504f), V(12582912.0f)), n = shifted - V(12582912.0f);
-  const V r = fma(n, V(2.12194440e-4f), fma(n, V(-0.693359375f), y));
+  // e^x = 2^n e^r, |r| ≤ ln 2 / 2.
+  x = where_greater(V(-88.0f), x, V(-88.0f), x);
+  const V shifted = fma(x, V(1.44269504f), V(12582912.0f)), n = shifted - V(12582912.0f);
+  const V r = fma(n, V(2.12194440e-4f), fma(n, V(-0.693359375f), x));
   // Taylor's series of degree 7: its rest is below 6e-9 there.
   V e = fma(r, V(1.0f / 5040), V(1.0f / 720));
   e = fma(e, r, V(1.0f / 120));
@@ -49,7 +48,15 @@ inline Vec<float> sigmoid(Vec<float> x) {
   e = fma(e, r, V(0.5f));
   e = fma(e, r, V(1.0f));
   e = fma(e, r, V(1.0f));
-  return V(1.0f) / fma(e, power_of_two(shifted), V(1.0f));
+  return e * power_of_two(shifted);
+}
+inline Vec<double> operator/(Vec<double> a, Vec<double> b) { return a.v / b.v; }
+inline Vec<double> exp(Vec<double> x) { return std::exp(x.v); }
+
+inline Vec<float> sigmoid(Vec<float> x) {
+  using V = Vec<float>;
+  const V y = V(0.0f) - x;  // from 88 on the result is 0 to float's precision
+  return V(1.0f) / (exp(where_greater(y, V(88.0f), V(88.0f), y)) + V(1.0f));
 }
 inline Vec<double> sigmoid(Vec<double> x) { return 1 / (1 + std::exp(-x.v)); }
 

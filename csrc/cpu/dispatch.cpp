@@ -23,6 +23,8 @@
   void add_scfm(Kernels<T>&);               \
   template <class T>                        \
   void add_boundary(Kernels<T>&);           \
+  template <class T>                        \
+  void add_dkd(Kernels<T>&);                \
   void add_block(MapKernels&);              \
   void add_bank(MapKernels&);               \
   }
@@ -54,6 +56,7 @@ struct Isa {
     isa::add_decay<T>(table);              \
     isa::add_scfm<T>(table);               \
     isa::add_boundary<T>(table);           \
+    isa::add_dkd<T>(table);                \
     return table;                          \
   }()
 

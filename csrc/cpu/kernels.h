@@ -75,6 +75,14 @@ struct Kernels {
   // The gradient to the logits from g, that of the sums.
   void (*structure_polishing_sums_backward)(const BoundaryShape&, const T* g, const T* logits, const T* truth,
                                             T* glogits, const Parallel&);
+
+  // sums: [images, 2, 2], of p = sigmoid(student) and of p = sigmoid(teacher): Σ p g and Σ p (1 - g) + (1 - p) g.
+  void (*dkd_sums)(const DkdShape&, const T* student, const T* teacher, const T* truth, T* sums, const Parallel&);
+  // loss: [images], θ f KL + (1 - θ) CE, means over pixels; gradient: its own to the student, or null. theta: [images].
+  void (*dkd_loss)(const DkdShape&, const T* student, const T* teacher, const T* truth, const T* theta,
+                   double temperature, double kl_factor, T* loss, T* gradient, const Parallel&);
+  // gstudent = g · gradient, g: [images].
+  void (*dkd_loss_backward)(const DkdShape&, const T* g, const T* gradient, T* gstudent, const Parallel&);
 };
 
 template <class T>

@@ -32,5 +32,7 @@ template <class T>
 void add_scfm(Kernels<T>&);
 template <class T>
 void add_boundary(Kernels<T>&);
+template <class T>
+void add_dkd(Kernels<T>&);
 }  // namespace SODFAST_ISA
 }  // namespace sodfast

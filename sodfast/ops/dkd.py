@@ -50,9 +50,10 @@ def dkd_sums(student_logits: Tensor, teacher_logits: Tensor, truth: Tensor) -> T
 def dkd_sums_reference(student_logits: Tensor, teacher_logits: Tensor, truth: Tensor) -> Tensor:
     """:func:`dkd_sums` in plain torch: the specification, and the fallback."""
     rows = []
-    for p in (student_logits.sigmoid(), teacher_logits.sigmoid()):
-        apart = torch.addcmul(p, truth, 1 - 2 * p)  # p (1 - g) + (1 - p) g
-        rows.append(torch.stack([(p * truth).sum((1, 2, 3)), apart.sum((1, 2, 3))], 1))
+    for logits in (student_logits, teacher_logits):
+        p, not_p = logits.sigmoid(), (-logits).sigmoid()
+        pair = [p * truth, p * (1 - truth) + not_p * truth]
+        rows.append(torch.stack([x.sum((1, 2, 3)) for x in pair], 1))
     return torch.stack(rows, 1)
 
 
@@ -176,19 +177,21 @@ def _fake_loss_backward(grad: Tensor, gradient: Tensor) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     _, gradient = output
     ctx.mark_non_differentiable(gradient)
+    ctx.set_materialize_grads(False)  # or its own would be made, a whole map of zeros
     ctx.save_for_backward(gradient)
     ctx.with_gradient = inputs[-1]
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
     names = ("teacher_logits", "truth", "theta")
     for name, needed in zip(names, ctx.needs_input_grad[1:]):
         if needed:
             raise RuntimeError(f"sodfast::dkd_loss has no gradient to {name}: detach it")
     if not ctx.with_gradient:
         raise RuntimeError("sodfast::dkd_loss ran with_gradient=False: there is no gradient")
-    (gradient,) = ctx.saved_tensors
-    to_student = torch.ops.sodfast.dkd_loss_backward(grad, gradient)
+    to_student = None
+    if grad is not None:
+        to_student = torch.ops.sodfast.dkd_loss_backward(grad, *ctx.saved_tensors)
     return to_student, None, None, None, None, None, None
 
 
