@@ -59,8 +59,7 @@ class DynamicDistillationLoss(nn.Module):
             threshold and epsilon then have no say.
         temperature_squared: whether :math:`L_{KL}` is multiplied by T².
         kl_mean: "pixels", or "pixels_and_classes": also over the two values of a pixel's
-            distribution, as ``torch.nn.functional.kl_div(reduction="mean")`` of two-class maps
-            has it, which is half.
+            distribution, as a mean over the elements of two-class maps is; that is half.
 
     Shape: student_logits, teacher_logits and truth (B, 1, H, W), the truth in 0–1 and possibly
     soft; teacher and truth are taken as constants. Half precision is computed in float32. A
