@@ -105,6 +105,24 @@ def test_structure_polishing_sums_are_their_formula():
     assert_close([found], [np.array(rows).transpose(2, 0, 1)])
 
 
+def test_dkd_is_its_formulas():
+    *logits, truth, theta = tensors((3, 1, 5, 8), (3, 1, 5, 8), (3, 1, 5, 8), (3,))
+    truth, theta = truth.sigmoid(), theta.sigmoid()
+    g, weight = truth.numpy(), theta.numpy()[:, None, None, None]
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x.numpy()))
+
+    maps = [sigmoid(x) for x in logits]
+    pairs = [[(p * g).sum((1, 2, 3)), (p + g - 2 * p * g).sum((1, 2, 3))] for p in maps]
+    assert_close([ops.dkd_sums_reference(*logits, truth)], [np.array(pairs).transpose(2, 0, 1)])
+    q, p = (sigmoid(x / 3) for x in logits)
+    kl = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    ce = -g * np.log(maps[0]) - (1 - g) * np.log(1 - maps[0])
+    loss = (weight * 7 * kl + (1 - weight) * ce).mean((1, 2, 3))
+    assert_close([ops.dkd_loss_reference(*logits, truth, theta, 3.0, 7.0)], [loss])
+
+
 @pytest.mark.parametrize("factor", [1, 2, 4])
 def test_scfm_is_its_formula(factor):
     x, y = tensors((2, 3, 4 * factor, 5 * factor), (2, 3, 4, 5))

@@ -143,5 +143,6 @@ void test_decay(int cases);
 void test_scfm(int cases);
 void test_boundary(int cases);
 void test_structure_polishing(int cases);
+void test_dkd(int cases);
 
 }  // namespace sodfast::test

@@ -16,6 +16,7 @@ int main(int argc, char** argv) {
   sodfast::test::test_scfm(cases);
   sodfast::test::test_boundary(cases);
   sodfast::test::test_structure_polishing(cases);
+  sodfast::test::test_dkd(cases);
   std::printf("all native tests passed\n");
   return 0;
 }
