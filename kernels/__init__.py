@@ -6,6 +6,7 @@ that depends on the shapes alone; and are configured by functions of the shape, 
 """
 
 from .decay import adam_decay_, decay_
+from .dkd import dkd_loss, dkd_loss_backward, dkd_sums
 from .goctconv import goctconv, goctconv_grad_input, goctconv_grad_weight
 from .goctconv_depthwise import (
     goctconv_depthwise,
@@ -26,6 +27,9 @@ from .goctconv_norm_act import (
 __all__ = [
     "adam_decay_",
     "decay_",
+    "dkd_loss",
+    "dkd_loss_backward",
+    "dkd_sums",
     "goctconv",
     "goctconv_depthwise",
     "goctconv_depthwise_grad_input",

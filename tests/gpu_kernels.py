@@ -24,7 +24,8 @@ OPS = (
     "goctconv", "goctconv_grad_input", "goctconv_grad_weight", "goctconv_depthwise",
     "goctconv_depthwise_grad_input", "goctconv_depthwise_grad_weight", "goctconv_dilated",
     "goctconv_dilated_grad_input", "goctconv_dilated_grad_weight", "goctconv_norm_act",
-    "goctconv_norm_act_backward", "goctconv_update_stats_", "decay_", "adam_decay_",
+    "goctconv_norm_act_backward", "goctconv_update_stats_", "decay_", "adam_decay_", "dkd_sums",
+    "dkd_loss", "dkd_loss_backward",
 )  # fmt: skip
 HALVES = (torch.float16, torch.bfloat16)
 BACKENDS = ("cuda-on-host", "cuda")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 import pytest
@@ -143,20 +144,30 @@ def test_gradcheck_of_the_compiled_op(size: tuple[int, ...], scale: float) -> No
 # ---- precision where the numbers are small, or large -------------------------------------------
 
 
-@pytest.mark.parametrize("isa", instruction_sets())
-def test_small_errors_keep_their_digits(isa: str) -> None:
+def check_small_errors(running: Callable[[], AbstractContextManager], device: torch.device) -> None:
     """What a good network still does wrong is not lost in what it does right: 1e-5 of it."""
     for right in (3.0, 8.0, 15.0, 25.0, 60.0):
-        truth = (Source(0).uniform(1, 1, 30, 47) > 0).float()
+        truth = (Source(0).uniform(1, 1, 30, 47) > 0).float().to(device)
         student = right * (2 * truth - 1)
-        with sodfast.use_backend("cpu"), instruction_set(isa):
+        with running():
             sums = dkd_sums(student, student, truth)
-            loss = dkd_loss(student, student, truth, torch.zeros(1))
+            loss = dkd_loss(student, student, truth, torch.zeros(1, device=device))
         error = 1 / (1 + math.exp(right))
         ce = math.log1p(math.exp(-right))
         for found in sums[0, :, 1].tolist():
             assert found == pytest.approx(30 * 47 * error, rel=1e-5, abs=1e-30)
         assert loss.item() == pytest.approx(ce, rel=1e-5, abs=1e-30)
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_small_errors_keep_their_digits(isa: str) -> None:
+    def running() -> AbstractContextManager:
+        stack = ExitStack()
+        stack.enter_context(sodfast.use_backend("cpu"))
+        stack.enter_context(instruction_set(isa))
+        return stack
+
+    check_small_errors(running, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("isa", instruction_sets())

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import test_decay
+import test_dkd
 import test_goctconv
 import test_goctconv_depthwise
 import test_goctconv_dilated
@@ -21,6 +22,10 @@ from sodfast.ops import (
     adam_decay_reference_,
     decay_,
     decay_reference_,
+    dkd_loss,
+    dkd_loss_reference,
+    dkd_sums,
+    dkd_sums_reference,
     goctconv,
     goctconv_depthwise,
     goctconv_depthwise_reference,
@@ -195,6 +200,28 @@ def test_all_layers_of_a_large_network_decay(gpu: str) -> None:
     torch.testing.assert_close([w.cpu() for w in found], expected)
 
 
+def check_dkd(gpu: str, case: test_dkd.Case) -> None:
+    tensors, terms = case.tensors(), {"ys": case.size[2] * case.size[3]}
+    runs = case.run_sums(dkd_sums), case.run_sums(dkd_sums_reference)
+    check_kernels(gpu, *runs, tensors, case.grads(), terms)
+    runs = case.run_loss(dkd_loss), case.run_loss(dkd_loss_reference)
+    check_kernels(gpu, *runs, tensors, case.grads(), {})
+
+
+@settings(max_examples=EXAMPLES)
+@given(test_dkd.cases)
+def test_dkd_drawn(gpu: str, case: test_dkd.Case) -> None:
+    check_dkd(gpu, case)
+
+
+def test_dkd_of_several_slices(gpu: str) -> None:
+    check_dkd(gpu, test_dkd.Case((2, 1, 97, 131), layout="channels_last"))
+
+
+def test_small_errors_of_a_network_keep_their_digits(gpu: str) -> None:
+    test_dkd.check_small_errors(lambda: running(gpu), device_of(gpu))
+
+
 def test_update_of_the_statistics(gpu: str) -> None:
     source, device = Source(5), device_of(gpu)
     channels, counts = [3, 0, 300, 2], [7, 5, 1, 0]
@@ -243,6 +270,7 @@ def test_nan_reaches_exactly_what_depends_on_it(gpu: str) -> None:
 SOUND = [
     *test_goctconv.sound_calls(), *test_goctconv_depthwise.sound_calls(),
     *test_goctconv_dilated.sound_calls(), *test_goctconv_norm_act.sound_calls(),
+    *test_dkd.sound_calls(),
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import test_decay
+import test_dkd
 import test_goctconv
 import test_goctconv_depthwise
 import test_goctconv_dilated
@@ -246,11 +247,35 @@ def test_decay_without_samples_is_nan(triton: str) -> None:
     assert weight.isnan().all()
 
 
+Dkd = test_dkd.Case
+DISTILLATIONS = [
+    Dkd((2, 1, 7, 9), layout="every second column"),
+    Dkd((3, 1, 37, 61), 1e4, temperature=1.0, kl_factor=1.0),
+    Dkd((1, 1, 64, 129), 40.0, binary=False),
+    Dkd((1, 1, 1, 1)),
+    Dkd((0, 1, 4, 4)),
+]
+
+
+@pytest.mark.parametrize("case", DISTILLATIONS, ids=str)
+def test_dynamic_distillation(triton: str, case: Dkd) -> None:
+    tensors, terms = case.tensors(), {"ys": case.size[2] * case.size[3]}
+    for dtype in DTYPES if case is DISTILLATIONS[0] else DTYPES[:1]:
+        runs = case.run_sums(ops.dkd_sums), case.run_sums(ops.dkd_sums_reference)
+        check_kernels(triton, dtype, *runs, tensors, case.grads(), terms)
+        runs = case.run_loss(ops.dkd_loss), case.run_loss(ops.dkd_loss_reference)
+        check_kernels(triton, dtype, *runs, tensors, case.grads(), {})
+
+
+def test_small_errors_of_a_network_keep_their_digits(triton: str) -> None:
+    test_dkd.check_small_errors(lambda: running(triton), device_of(triton))
+
+
 def nonsense() -> Iterator[Call]:
     """What the raw ops refuse on the CPU, but for the half precision that these kernels take."""
     for module in (
         test_goctconv, test_goctconv_depthwise, test_goctconv_dilated, test_goctconv_norm_act,
-        test_decay,
+        test_decay, test_dkd,
     ):  # fmt: skip
         for name, arguments in module.nonsense():
             leaves = torch.utils._pytree.tree_leaves(arguments)
@@ -315,7 +340,7 @@ ops.goctconv_depthwise([x.double()], weight.double())
         env={**os.environ, "TRITON_INTERPRET": "1", "SODFAST_BACKEND": ""},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert "triton: kernels of the goctconv ops and of decay, interpreted" in done.stdout, (
+    assert "triton: kernels of the goctconv ops, of decay and dkd, interpreted" in done.stdout, (
         done.stderr
     )
     assert "'triton' was asked for, but the Triton kernels take" in done.stderr

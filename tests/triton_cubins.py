@@ -94,6 +94,12 @@ def layers(dtype: torch.dtype) -> None:
         kernels.goctconv_norm_act_backward(xs, xs, *norm[:3], mean, var, training, 1e-5)
     kernels.goctconv_update_stats_(*norm[3:], mean, var, [20, 18], [6272, 1568], 0.1)
 
+    logits, teacher, truth = maps(1)[0], maps(1)[0], maps(1)[0]
+    kernels.dkd_sums(logits, teacher, truth)
+    for with_gradient in (True, False):
+        kernels.dkd_loss(logits, teacher, truth, bias[:2], 5.0, 25.0, with_gradient)
+    kernels.dkd_loss_backward(bias[:2], logits)
+
     lists = [vectors(3, 38) for _ in range(4)]
     means = [torch.empty(24, 38, dtype=dtype) for _ in range(3)]
     kernels.decay_(lists[0], lists[1], means, lists[2], 0.5, True)

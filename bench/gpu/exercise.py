@@ -9,6 +9,8 @@ import sodfast
 from sodfast.ops import (
     adam_decay_,
     decay_,
+    dkd_loss,
+    dkd_sums,
     goctconv,
     goctconv_depthwise,
     goctconv_dilated,
@@ -73,6 +75,10 @@ def main() -> None:
             decay_(layers, samples, 0.1)
             decay_(layers, samples, 0.1, copies[0], copies[1])
             adam_decay_(layers, *copies, samples, 0.1, 0.01, 1)
+            student, teacher = (maps((1,), (45, 67), dtype)[0] for _ in range(2))
+            teacher, truth = teacher.detach(), teacher.detach().sigmoid()
+            assert dkd_sums(student, teacher, truth).isfinite().all()
+            differentiate([dkd_loss(student, teacher, truth, truth[:, 0, 0, 0], 5.0, 25.0)])
             assert means.isfinite().all()
     torch.cuda.synchronize()
     print("every CUDA kernel ran")

@@ -85,4 +85,13 @@ cudaError_t decay(Type, const DecayLayer*, int64_t layers, double lambda, bool a
 cudaError_t adam_decay(Type, const DecayLayer*, int64_t layers, double lambda, bool absolute, bool decoupled,
                        const AdamStep&, cudaStream_t);
 
+// As in cpu/kernels.h; sums: [images, 2, 2], theta, loss and g: [images], gradient may be null.
+int64_t dkd_workspace(const DkdShape&);
+cudaError_t dkd_sums(Type, const DkdShape&, const void* student, const void* teacher, const void* truth, void* sums,
+                     void* workspace, cudaStream_t);
+cudaError_t dkd_loss(Type, const DkdShape&, const void* student, const void* teacher, const void* truth,
+                     const void* theta, double temperature, double kl_factor, void* loss, void* gradient,
+                     void* workspace, cudaStream_t);
+cudaError_t dkd_loss_backward(Type, const DkdShape&, const void* g, const void* gradient, void* gstudent, cudaStream_t);
+
 }  // namespace sodfast::cuda

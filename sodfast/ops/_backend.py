@@ -207,7 +207,7 @@ def info() -> str:
             lines.append("reference: plain torch, always available.")
         elif name == "triton":
             how = "interpreted on the CPU, slowly" if _triton.INTERPRETED else "compiled when used"
-            lines.append(f"triton: kernels of the goctconv ops and of decay, {how}.")
+            lines.append(f"triton: kernels of the goctconv ops, of decay and dkd, {how}.")
         elif name == "cuda":
             import sodfast._C_cuda as cuda
 

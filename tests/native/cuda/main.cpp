@@ -57,6 +57,7 @@ int main(int argc, char** argv) {
   sodfast::test::test_dilated(cases);
   sodfast::test::test_norm_act(cases);
   sodfast::test::test_decay(cases);
+  sodfast::test::test_dkd(cases);
   std::printf("all CUDA kernels passed on the host\n");
   return 0;
 }

@@ -119,6 +119,20 @@ Kernels<T> table() {
                            {a.lr, a.beta1, a.beta2, a.eps, a.step}, nullptr),
           "adam_decay");
   };
+  k.dkd_sums = [](const DkdShape& shape, const T* student, const T* teacher, const T* truth, T* sums, const Parallel&) {
+    const Workspace workspace(cuda::dkd_workspace(shape));
+    check(cuda::dkd_sums(type<T>, shape, student, teacher, truth, sums, workspace, nullptr), "dkd_sums");
+  };
+  k.dkd_loss = [](const DkdShape& shape, const T* student, const T* teacher, const T* truth, const T* theta,
+                  double temperature, double kl_factor, T* loss, T* gradient, const Parallel&) {
+    const Workspace workspace(cuda::dkd_workspace(shape));
+    check(cuda::dkd_loss(type<T>, shape, student, teacher, truth, theta, temperature, kl_factor, loss, gradient,
+                         workspace, nullptr),
+          "dkd_loss");
+  };
+  k.dkd_loss_backward = [](const DkdShape& shape, const T* g, const T* gradient, T* gstudent, const Parallel&) {
+    check(cuda::dkd_loss_backward(type<T>, shape, g, gradient, gstudent, nullptr), "dkd_loss_backward");
+  };
   return k;
 }
 

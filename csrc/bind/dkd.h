@@ -1,0 +1,45 @@
+// The arguments of dynamic distillation's loss, checked; the same for every device.
+#pragma once
+
+#include <cmath>
+
+#include "bind/common.h"
+
+namespace sodfast {
+
+inline DkdShape shape_of_map(const char* op, const char* name, const Tensor& x) {
+  check(on_known_device(x), op, name, " must be on ", known_device);
+  check(is_known(x.scalar_type()), op, name, " must be ", known_dtypes);
+  check(x.dim() == 4 && x.size(1) == 1, op, name, " must have shape (B, 1, H, W), got ", shape_of(x));
+  check(x.size(2) > 0 && x.size(3) > 0, op, name, " has an empty size: ", shape_of(x));
+  return {x.size(0), x.size(2) * x.size(3)};
+}
+
+inline void check_same_map(const char* op, const char* name, const Tensor& x, const Tensor& like) {
+  check_like(op, name, x, like);
+  bool same = x.dim() == 4;
+  for (int64_t i = 0; same && i < 4; ++i) same = x.size(i) == like.size(i);
+  check(same, op, name, " must have shape ", shape_of(like), ", got ", shape_of(x));
+}
+
+inline Tensor empty_map(const Tensor& like) { return empty_for(like, {like.size(0), 1, like.size(2), like.size(3)}); }
+
+// The three maps, checked; keeps contiguous copies alive while the kernel reads them.
+struct DkdMaps {
+  DkdShape shape;
+  Tensor student, teacher, truth;
+  DkdMaps(const char* op, const Tensor& s, const Tensor& t, const Tensor& g)
+      : shape(shape_of_map(op, "student_logits", s)) {
+    check_same_map(op, "teacher_logits", t, s);
+    check_same_map(op, "truth", g, s);
+    student = torch::stable::contiguous(s), teacher = torch::stable::contiguous(t),
+    truth = torch::stable::contiguous(g);
+  }
+};
+
+inline void check_dkd_numbers(const char* op, double temperature, double kl_factor) {
+  check(temperature > 0 && std::isfinite(temperature), op, "temperature must be above 0 and finite");
+  check(kl_factor >= 0 && std::isfinite(kl_factor), op, "kl_factor must be finite and from 0 on");
+}
+
+}  // namespace sodfast
