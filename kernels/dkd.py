@@ -28,7 +28,7 @@ _BLOCK = 1024
 
 @triton.jit
 def _logistic(x):
-    """exp(-|x|), sigmoid(x), 1 - sigmoid(x), max(x, 0), max(-x, 0); NaN in x is NaN in the first."""
+    """exp(-|x|), sigmoid(x), 1 - sigmoid(x), max(x, 0), max(-x, 0)."""
     e = tl.exp(tl.where(x > 0, -x, x))
     large = 1 / (1 + e)
     small = e * large
@@ -40,7 +40,7 @@ def _logistic(x):
 def _log1p(e):
     """log(1 + e) for e in (0, 1], with all digits of a small e: what 1 + e lost is made up for."""
     u = 1 + e
-    return tl.where(u == 1, e, tl.log(u) * (e / (u - 1)))
+    return tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1.0, u - 1)))
 
 
 @triton.jit
