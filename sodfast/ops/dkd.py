@@ -110,15 +110,14 @@ def dkd_loss(
         raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
     if not 0 <= kl_factor < math.inf:
         raise ValueError(f"kl_factor must be finite and from 0 on, not {kl_factor}")
-    constants = {"teacher_logits": teacher_logits, "truth": truth, "theta": theta}
-    for name, x in constants.items():
+    for name, x in (("teacher_logits", teacher_logits), ("truth", truth), ("theta", theta)):
         if x.requires_grad:
             raise ValueError(f"{name} requires a gradient, which is not computed: detach it")
-    arguments = (student_logits, *constants.values(), float(temperature), float(kl_factor))
+    maps = (student_logits, teacher_logits, truth)
     if choose("dkd_loss", student_logits) == "reference":
-        return dkd_loss_reference(*arguments)
+        return dkd_loss_reference(*maps, theta, temperature, kl_factor)
     with_gradient = torch.is_grad_enabled() and student_logits.requires_grad
-    return torch.ops.sodfast.dkd_loss(*arguments, with_gradient)[0]
+    return torch.ops.sodfast.dkd_loss(*maps, theta, temperature, kl_factor, with_gradient)[0]
 
 
 def dkd_loss_reference(
