@@ -206,6 +206,18 @@ def test_channels_last_and_strides(backend, device):
         torch.testing.assert_close(a, b)
 
 
+def test_compiles_without_a_graph_break(backend, device):
+    criterion = DynamicDistillationLoss()
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (criterion, compiled):
+        student, teacher, truth = (x.float().to(device) for x in picture("random"))
+        student.requires_grad_()
+        result = function(student, teacher, truth)
+        found.append([*result, *torch.autograd.grad(result.loss, student)])
+    torch.testing.assert_close(*found)
+
+
 def test_noise_elimination_keeps_a_wrong_teacher_out(backend, device):
     """After some steps the student is near the truth where the teacher is right; where half of
     what the teacher finds is wrong, only with noise elimination."""
