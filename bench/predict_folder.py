@@ -9,8 +9,9 @@ Times, in fresh interleaved processes and without start-up:
                     inside the network: what somebody would write who calls it in a loop
     parallel, T     the fused network alone, inputs shared among T threads: the lower limit
 
-for T = 1 and T = --threads; all keep freed memory, as the command does. Prints medians and the
-two ratios: predict with one thread to predict with T, and predict to the network, both with T.
+for T = 1 and T = --threads; all keep freed memory, as the command does. Prints medians and
+the ratios: predict with one thread to predict with T, and predict with T to the network with one
+thread (what the other threads can hide) and with T (which leaves no thread to hide behind).
 """
 
 from __future__ import annotations
@@ -63,9 +64,10 @@ def main() -> None:
         )
     several = options.threads
     scaling = medians["predict", 1] / medians["predict", several]
-    share = medians["predict", several] / medians["network", several]
     print(f"predict, {several} threads: {scaling:.2f} times as fast as with one")
-    print(f"predict, {several} threads: {share:.2f} times the network alone")
+    for threads in dict.fromkeys((1, several)):
+        share = medians["predict", several] / medians["network", threads]
+        print(f"predict, {several} threads: {share:.2f} times the network alone, {threads} threads")
 
 
 def measure(options: argparse.Namespace) -> float:
