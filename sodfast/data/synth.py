@@ -85,8 +85,9 @@ def write_scenes(
 
     depth: other scenes, in which the picture alone does not tell what is salient
     (`synth_depth.make_depth_scene`), with depth/ (255 near) and damage.csv, which names the damage
-    of every depth map; damage: the share of damaged ones. step: called after each scene. Raises ValueError for n under 1, a damage outside 0–1 or without
-    depth, or a folder that is not empty, and OSError when it cannot be written.
+    of every depth map; damage: the share of damaged ones. step: called after each scene. Raises
+    ValueError for n under 1, a damage outside 0–1 or without depth, or a folder that is not
+    empty, and OSError when it cannot be written.
     """
     from PIL import Image
 

@@ -60,9 +60,9 @@ def load_encoder_weights(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown depth_kernel; or the file cannot be read, or is not exactly this encoder: the message lists
-            what is missing, what is unexpected and what has another shape. The encoder is then
-            unchanged.
+        ValueError: an unknown depth_kernel; or the file cannot be read, or is not exactly this
+            encoder: the message lists what is missing, what is unexpected and what has another
+            shape. The encoder is then unchanged.
     """
     path = Path(path)
     if depth_kernel not in DEPTH_KERNELS:
