@@ -35,7 +35,8 @@ def draw_sheet(
 
     maps: from `sodfast.evaluate.worst_maps`. predict: makes the map of a photo (and its depth map)
     anew where none was written to a file (a `Predictor`). Without any photo that column is left
-    out. Whole or not at all; raises ValueError for an empty list, OSError when the file cannot be written.
+    out. Whole or not at all; raises ValueError for an empty list, OSError when the file cannot be
+    written.
     """
     from PIL import Image, ImageDraw
 

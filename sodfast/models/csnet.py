@@ -26,7 +26,7 @@ class CSNet(nn.Module):
         width: scales every unpruned channel count; the papers' ×k.
         split: high : low resolution channels in every block, for example (1, 0), (3, 1),
             (1, 1), (1, 3) or (0, 1).
-        in_channels: of the image.
+        in_channels: of the image; 4: RGB and depth.
         channels: an explicit configuration (what pruning yields) instead of width and split:
             ``{"stages": [[[8, 10]], [[9, 10], …], …], "fuse": [12, 24, 24],
             "bank": [[1, 2, 2, 2, 4], …], "merge": 60}`` with five stages of blocks, per block
