@@ -188,9 +188,8 @@ class Trainer:
         """Makes `model` the one that is trained, with a fresh optimizer."""
         recipe = self.recipe
         self.model = model.to(self.device).train()
-        self.channels = len(
-            model.preprocessing["mean"]
-        )  # of a batch: it may hold depth for a teacher
+        expected: dict[str, Any] = model.preprocessing  # type: ignore[assignment]
+        self.channels = len(expected["mean"])  # a batch may hold depth for a teacher alone
         groups = parameter_groups(
             self.model, recipe.weight_decay, recipe.encoder_lr, recipe.encoder_norm_decay
         )

@@ -188,4 +188,4 @@ def read_damage(path: Path) -> dict[str, str]:
         rows = list(csv.reader(file))
     if not rows or rows[0] != ["name", "damage"] or any(len(row) != 2 for row in rows):
         raise ValueError(f"{path}: not a list of name and damage")
-    return dict(row for row in rows[1:])  # type: ignore[misc]
+    return {row[0]: row[1] for row in rows[1:]}

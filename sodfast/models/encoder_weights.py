@@ -110,8 +110,9 @@ def load_encoder_weights(
 
 def _lacks_depth(tensor: Tensor, ours: Tensor) -> bool:
     """Whether this is the first convolution, of RGB in the file and of RGB and depth here."""
-    rgb, rgbd = (ours.shape[0], 3, *ours.shape[2:]), (ours.shape[0], 4, *ours.shape[2:])
-    return tensor.dim() == 4 and tensor.shape == rgb and ours.shape == rgbd
+    if tensor.dim() != 4 or ours.dim() != 4 or (tensor.shape[1], ours.shape[1]) != (3, 4):
+        return False
+    return tensor.shape[0] == ours.shape[0] and tensor.shape[2:] == ours.shape[2:]
 
 
 def _with_depth(tensor: Tensor, ours: Tensor, kernel: str) -> Tensor:

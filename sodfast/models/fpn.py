@@ -132,7 +132,7 @@ def _conv(
 ) -> nn.Conv2d:
     """A convolution that keeps the size; Kaiming normal weights for what is added up linearly."""
     sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-    padding = tuple(dilation * (side // 2) for side in sides)
+    padding = (dilation * (sides[0] // 2), dilation * (sides[1] // 2))
     conv = nn.Conv2d(in_channels, out_channels, sides, padding=padding, dilation=dilation)
     nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
     if conv.bias is not None:
