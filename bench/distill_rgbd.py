@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--val-scenes", type=int, default=400, metavar="N", help="to score on")
     parser.add_argument("--damage", type=float, default=0.3, metavar="SHARE")
     parser.add_argument("--teacher-width", type=float, default=1.5, metavar="W")
-    parser.add_argument("--teacher-epochs", type=int, default=14, metavar="N")
+    parser.add_argument("--teacher-epochs", type=int, default=20, metavar="N")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all"
     )

@@ -119,7 +119,8 @@ def open_sources(
         if teacher is None or data is None:
             missing = "teacher" if teacher is None else "data"
             raise ValueError(
-                f"dynamic distillation needs a teacher and labelled data: no {missing}"
+                f"dynamic distillation needs a teacher and labelled data: no {missing} "
+                "(sodfast distill RECIPE --teacher W --data DIR)"
             )
     elif (images is None) != (teacher is None):
         raise ValueError("images without ground truth and a teacher go together: one is missing")

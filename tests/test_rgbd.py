@@ -18,10 +18,11 @@ from sodfast.data.synth import write_scenes
 from sodfast.data.synth_depth import read_damage
 from sodfast.distill import Teacher, distill
 from sodfast.evaluate import FLAT_DEPTH, evaluate_network
+from sodfast.export import export
 from sodfast.fuse import fuse
 from sodfast.nn import DynamicDistillationLoss
 from sodfast.optim import parameter_groups
-from sodfast.plan import Plan
+from sodfast.plan import Plan, load_plan
 from sodfast.predict import Predictor
 from sodfast.recipe import Recipe, load_recipe
 from sodfast.runlog import read_log, read_teaching
@@ -115,6 +116,16 @@ def test_validation_sees_depth(weights: Path, scenes: Path, cache: Path) -> None
     assert found[0]["mae"] != found[1]["mae"]
     with pytest.raises(ValueError, match="takes depth maps"):
         validate(model, open_data(scenes, 36, cache, progress=False), rows, 32)
+
+
+def test_export(weights: Path, tmp_path: Path) -> None:
+    worst = export(sodfast.load(weights), tmp_path / "n.sodfast")
+    assert worst < 1e-4
+    x = torch.rand(1, 4, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(
+            load_plan(tmp_path / "n.sodfast")(x), sodfast.load(weights)(x), atol=1e-4
+        )
 
 
 # ---- prediction ----------------------------------------------------------------------------------
