@@ -69,8 +69,8 @@ class Objective:
             total = total + self._losses[self.recipe.loss](own, truth[:labelled])
         if labelled < len(truth):
             rest = [one[labelled:] for one in maps]
-            taught = self._losses[self.recipe.distill_loss](rest, truth[labelled:])
-            total = total + self.recipe.distill_weight * taught
+            other = self._losses[self.recipe.distill_loss](rest, truth[labelled:])
+            total = total + self.recipe.distill_weight * other
         return total
 
 
