@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .ablate_pictures import draw_all
 from .ablate_plot import draw_costs, draw_epochs
 from .ablations import Ablation
 from .recipe import Recipe, load_recipe
@@ -48,7 +49,7 @@ def plan(
 
     recipe, settings: as of `sodfast.recipe.load_recipe`; what the ablation varies comes last;
     without a recipe the ablation's own. seeds: how many per label, from the recipe's on.
-    teachers: weight files, for an ablation that compares them.
+    teachers: weight files, for an ablation that compares them; one, for dynamic distillation.
 
     Raises ValueError for a setting that the ablation itself varies and for teachers that are
     missing, alike or out of place, and what load_recipe raises.
@@ -58,7 +59,10 @@ def plan(
         key = setting.partition("=")[0].strip()
         if key in ablation.varied:
             raise ValueError(f"{key} is what this ablation varies: it cannot be set")
-    if ablation.taught != bool(teachers):
+    if ablation.dynamic:
+        if len(teachers) != 1:
+            raise ValueError(f"this ablation needs one teacher, got {len(teachers)}")
+    elif ablation.taught != bool(teachers):
         raise ValueError(
             "this ablation compares teachers: name at least one"
             if ablation.taught
@@ -66,7 +70,7 @@ def plan(
         )
     listed: list[tuple[str, str, dict[str, Any], str]]
     listed = [(series, point, varied, "") for series, point, varied in ablation.runs]
-    for path in map(Path, teachers):
+    for path in map(Path, teachers if ablation.taught else ()):
         # Training calls all its results alike: then the folder says which run it was.
         name = path.parent.name if path.stem in ("weights", "trained") else path.stem
         listed.append((name or path.stem, "", {}, str(path)))
@@ -80,6 +84,8 @@ def plan(
             if any(run.folder == folder for run in runs):
                 raise ValueError(f"two teachers are called {series!r}: rename {teacher}")
             each = load_recipe(recipe, [*settings, *words])
+            if ablation.dynamic and each.loss == "dkd":
+                teacher = os.fspath(teachers[0])
             runs.append(Run(series, point, seed, folder, each, teacher))
     return runs
 
@@ -96,7 +102,8 @@ def ablate(
     images: str | os.PathLike[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains what is not trained yet, and returns a row per label; folder/table.md, table.json
-    and plot.png (where matplotlib is installed) are written after every run.
+    and plot.png (where matplotlib is installed) are written after every run; of dynamic
+    distillation also `ablate_pictures.draw_all`'s at the end.
 
     runs: from :func:`plan`. A run that has its results.json is not run again, one that was
     killed is resumed. images: without ground truth, for runs that have a teacher; data may then
@@ -122,6 +129,9 @@ def ablate(
         _write(folder / "table.md", as_markdown(ablation, rows))
         _write(folder / "table.json", json.dumps({"paper": ablation.paper, "rows": rows}, indent=1))
         _draw(ablation, rows, [run for run, _ in done], folder)
+    if ablation.dynamic and done:
+        first = {run.label: folder / run.folder for run, _ in reversed(done)}  # of the first seed
+        draw_all({run.label: first[run.label] for run, _ in done}, folder, val)
     return rows
 
 

@@ -21,7 +21,9 @@ class Ablation:
     (series, point, settings of :class:`sodfast.recipe.Recipe` as `--set` names them). by_epoch:
     plot validation scores over epochs instead of the closing scores over the network's cost.
     recipe: what all runs share, where nobody says otherwise. taught: the runs are not listed
-    here but one per teacher that is given; each distils it into the recipe's network.
+    here but one per teacher that is given; each distils it into the recipe's network. dynamic: the
+    runs whose loss is dkd learn from the one teacher that is given, and pictures show what the
+    weight of the distillation does (`sodfast.ablate_pictures`).
     """
 
     title: str
@@ -30,6 +32,7 @@ class Ablation:
     by_epoch: bool = False
     recipe: str = "csnet-fast"
     taught: bool = False
+    dynamic: bool = False
 
     @property
     def varied(self) -> set[str]:
@@ -47,6 +50,10 @@ _LOSSES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Dice", {"loss": "dice", "boundary": "1"}),
     *((f"SP, k {k}", {"loss": "sp", "boundary": str(k)}) for k in (13, 5, 1)),
     ("SP, progressive", {"loss": "sp", "boundary": "paper"}),
+)
+_WEIGHTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    *(("fixed", f"s {s:g}", {"loss": "dkd", "dkd.fixed_weight": s}) for s in (0.3, 0.5, 0.7)),
+    ("dynamic", "", {"loss": "dkd", "dkd.threshold": 0.0}),
 )
 
 ABLATIONS = {
@@ -122,6 +129,28 @@ ABLATIONS = {
             for point, settings in _LOSSES
         ),
         recipe="fs-scfnet",
+    ),
+    "rgbd": Ablation(
+        "RGB and RGB-D, fixed and dynamic distillation, noise elimination",
+        "Dynamic KD table 3, figs. 2, 5, 7 and 8",
+        (
+            ("RGB", "", {"loss": "bce", "config.in_channels": 3}),
+            ("RGB-D", "", {"loss": "bce"}),
+            *_WEIGHTS,
+            ("dynamic", "and threshold", {"loss": "dkd"}),
+        ),
+        recipe="rgbd-dkd-ne",
+        dynamic=True,
+    ),
+    "rgb-dkd": Ablation(
+        "Fixed and dynamic distillation on RGB alone, T = 10",
+        "Dynamic KD table 5",
+        tuple(
+            (series, point, {**settings, "config.in_channels": 3, "dkd.temperature": 10.0})
+            for series, point, settings in _WEIGHTS
+        ),
+        recipe="rgbd-dkd",
+        dynamic=True,
     ),
     "teacher": Ablation(
         "One student, several teachers", "KD-SCFNet fig. 6", (), recipe="kd-scfnet", taught=True

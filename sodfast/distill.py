@@ -1,4 +1,4 @@
-"""Distillation on unlabelled pictures: any network teaches any other (KD-SCFNet, section 3).
+"""Distillation: any network teaches any other (KD-SCFNet, section 3; dynamic distillation).
 
 The pictures need no ground truth: a trained teacher's maps, soft or thresholded, take its
 place. *Online* the teacher sees every augmented batch (as the authors' program does); *offline*
@@ -36,17 +36,19 @@ SHARD = 256  # pictures per file of weak labels while they are being written
 def distill(
     recipe: Recipe,
     teacher: str | os.PathLike[str],
-    images: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None,
     run: str | os.PathLike[str],
     data: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Trains the recipe's network on what a teacher says of pictures without ground truth.
+    """Trains the recipe's network on what a teacher says of pictures.
 
     recipe: its settings under "distillation" say how. teacher: a weight file of any registered
-    model. images: see `sodfast.data.folders.find_images`. run, and options: as of
-    `sodfast.train.train`. data: labelled pairs to mix in; without them nothing is validated,
-    unless `val` names some.
+    model. images: pictures without ground truth, see `sodfast.data.folders.find_images`; None
+    where the recipe's loss is "dkd", which weighs teacher and truth of labelled pairs. run, and
+    options: as of `sodfast.train.train`. data: labelled pairs, beside images to mix in; without
+    them nothing is validated, unless `val` names some. Teacher and student may take depth, or one
+    of them may: see `sodfast.data.folders` for the maps.
 
     Raises what `train` raises, and ValueError for a teacher that cannot be loaded.
     """
@@ -69,24 +71,41 @@ class Teacher:
         self.preprocessing: dict[str, Any] = network.preprocessing  # type: ignore[assignment]
         self.multiple = int(getattr(network, "size_multiple", 1))
 
-    @torch.no_grad()
+    @property
+    def channels(self) -> int:
+        """What it takes: 3, or 4 with depth."""
+        return len(self.preprocessing["mean"])
+
     def __call__(self, x: Tensor) -> Tensor:
-        """Maps (B, 1, H, W) in 0–1 of pictures (B, 3, H, W) that are normalised for the teacher.
+        """Maps (B, 1, H, W) in 0–1 of pictures (B, channels, H, W) that are normalised for the
+        teacher.
 
         It sees them at the next size that its network takes.
         """
-        height, width = (-(-n // self.multiple) * self.multiple for n in x.shape[-2:])
-        logits = self.model(_resize(x, (height, width)))
-        return _resize(logits.float().sigmoid(), (x.shape[-2], x.shape[-1]))
+        return _resize(self._logits(x).sigmoid(), (x.shape[-2], x.shape[-1]))
 
     def of_student(self, x: Tensor, preprocessing: dict[str, Any]) -> Tensor:
-        """As a call, for pictures that are normalised for a student with that preprocessing."""
-        shape = (1, 3, 1, 1)
+        """As a call, for pictures that are normalised with that preprocessing."""
+        return self(self._renormalised(x, preprocessing))
+
+    def logits_of_student(self, x: Tensor, preprocessing: dict[str, Any]) -> Tensor:
+        """As of_student, but logits."""
+        logits = self._logits(self._renormalised(x, preprocessing))
+        return _resize(logits, (x.shape[-2], x.shape[-1]))
+
+    @torch.no_grad()
+    def _logits(self, x: Tensor) -> Tensor:
+        height, width = (-(-n // self.multiple) * self.multiple for n in x.shape[-2:])
+        return self.model(_resize(x, (height, width))).float()
+
+    def _renormalised(self, x: Tensor, preprocessing: dict[str, Any]) -> Tensor:
+        """x may have depth that the teacher does not take."""
+        count = self.channels
         theirs, ours = (
-            [torch.tensor(p[name], device=x.device).view(shape) for name in ("mean", "std")]
+            [torch.tensor(p[k][:count], device=x.device).view(1, -1, 1, 1) for k in ("mean", "std")]
             for p in (preprocessing, self.preprocessing)
         )
-        return self((x * theirs[1] + theirs[0] - ours[0]) / ours[1])
+        return (x[:, :count] * theirs[1] + theirs[0] - ours[0]) / ours[1]
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -166,6 +185,7 @@ class Mixture:
         self.parts = [part for part in (labelled, taught) if part is not None]
         self.taught, self.teacher, self.threshold = taught, teacher, threshold
         self.preprocessing = preprocessing
+        self.mean, self.std = taught.mean, taught.std
         self.per_epoch = taught.per_epoch
         self.labelled = 0 if labelled is None else labelled.batch_size // labelled.world
 
@@ -184,6 +204,10 @@ class Mixture:
     def names(self, number: int) -> list[str]:
         """As of Batches."""
         return [name for part in self.parts for name in part.names(number)]
+
+    def labelled_names(self, number: int) -> list[str]:
+        """As of Batches."""
+        return self.parts[0].labelled_names(number) if self.labelled else []
 
     def close(self) -> None:
         """As of Batches."""

@@ -12,14 +12,14 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .data.folders import find_data, find_truths, picture_files, read_names, role_of
-from .data.grey import read_grey
+from .data.grey import read_depth, read_grey
 from .jobs import Failure, describe
 from .metrics import FIGURES, ImageScores, Scores, score
 from .parallel import ordered_map, share_threads
@@ -46,8 +46,9 @@ EMPTY, FULL = "empty truth", "full truth"
 GRADED = "truth with grey values"
 ZERO_ONE = "truth of zeros and ones"
 CONSTANT = "constant map"
+FLAT_DEPTH = "constant depth map"
 RESIZED = "map resized"
-NOTES = (EMPTY, FULL, GRADED, ZERO_ONE, CONSTANT, RESIZED)
+NOTES = (EMPTY, FULL, GRADED, ZERO_ONE, CONSTANT, FLAT_DEPTH, RESIZED)
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class ScoredMap:
     truth: Path
     photo: Path | None = None
     prediction: Path | None = None
+    depth: Path | None = None
 
 
 @dataclass
@@ -178,15 +180,16 @@ def evaluate_network(
 ) -> Evaluation:
     """Runs a network on a data set and scores its maps, exactly as if they had been written.
 
-    data: a data set as `sodfast.data.folders.find_data` finds it, with names. threads: so
-    many pictures at once, each on one thread; None takes all cores. progress is called once
-    per pair with their number. keep(name, map) is called with every map, from several threads.
+    data: a data set as `sodfast.data.folders.find_data` finds it, with names, and with depth maps
+    where the network takes them. threads: so many pictures at once, each on one thread; None
+    takes all cores. progress is called once per pair with their number. keep(name, map) is called
+    with every map, from several threads.
 
     A picture without mask (or the reverse) is a failure in the result; its mask counts as a
     truth. Raises what `find_data` raises.
     """
     start = time.perf_counter()
-    found = find_data(data, names=names)
+    found = find_data(data, depth=predictor.channels == 4, names=names)
     pairs = {pair.name: pair for pair in found.pairs}
     result = Evaluation(found.name, len(pairs) + len(found.problems))
     result.failures = [Failure(found.root, problem) for problem in found.problems]
@@ -194,12 +197,16 @@ def evaluate_network(
     def one(name: str) -> ScoredMap:
         pair = pairs[name]
         truth, notes = _read_truth(pair.mask)
-        prediction = predictor(pair.image)
+        depth = None if pair.depth is None else read_depth(pair.depth, predictor.disparity)
+        if depth is not None and not np.ptp(depth):
+            notes.append(FLAT_DEPTH)
+        prediction = predictor(pair.image, depth)
         if prediction.shape != truth.shape:
             raise ValueError(f"the photo is {_size(prediction)}, but its truth {_size(truth)}")
         if keep is not None:
             keep(name, prediction)
-        return _scored(name, prediction, truth, notes, pair.mask, pair.image, None)
+        scored = _scored(name, prediction, truth, notes, pair.mask, pair.image, None)
+        return replace(scored, depth=pair.depth)
 
     _fill(result, list(pairs), one, lambda name: pairs[name].image, threads, progress)
     result.seconds = time.perf_counter() - start
@@ -329,20 +336,24 @@ def describe_model(weights: str | os.PathLike[str], predictor: Predictor) -> dic
 
 
 def measure_speed(
-    predictor: Predictor, photo: str | os.PathLike[str], seconds: float = 2.0
+    predictor: Predictor,
+    photo: str | os.PathLike[str],
+    seconds: float = 2.0,
+    depth: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Images per second of a network, batch 1, ready for JSON.
 
+    depth: the photo's depth map, for a network that takes it.
     network: the calls of the network alone. file_to_map: with decoding the photo, and up to
     the map in the photo's size. Medians of at least 5 calls each, in turn, after 2 for
     warming up, in about `seconds`; with torch's number of threads.
     """
     import torch
 
-    network_input, _ = predictor.prepare(photo)
+    network_input, _ = predictor.prepare(photo, depth)
     calls = {
         "network": lambda: predictor.run(network_input),
-        "file_to_map": lambda: predictor(photo),
+        "file_to_map": lambda: predictor(photo, depth),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()

@@ -88,13 +88,18 @@ def _inputs(model: nn.Module, photos: Sequence[str | os.PathLike[str]]) -> list[
     preprocessing = check_preprocessing(getattr(model, "preprocessing", None))
     multiple = getattr(model, "size_multiple", 16)
     height, width = preprocessing["size"]
-    pictures = [read_picture(photo).rgb for photo in photos]
-    pictures = pictures or [make_scene(0, i, 224)[0] for i in range(4)]
+    scenes = [make_scene(0, i, 224) for i in range(4)]
+    pictures = [read_picture(photo).rgb for photo in photos] or [scene[0] for scene in scenes]
     channels = getattr(model, "config", {}).get("in_channels", 3)
 
     def prepared(rgb: np.ndarray, size: tuple[int, int]) -> Tensor:
-        x = to_input(rgb, preprocessing, size)
-        return torch.cat([x, x.mean(1, keepdim=True).expand(-1, channels - 3, -1, -1)], 1)
+        depth = None
+        if len(preprocessing["mean"]) == 4:  # a scene's, or of a photo its brightness
+            known = [scene[2] for scene in scenes if scene[0] is rgb]
+            depth = known[0] if known else rgb.mean(2).astype(np.uint8)
+        x = to_input(rgb, preprocessing, size, depth)
+        rest = channels - x.shape[1]
+        return torch.cat([x, x.mean(1, keepdim=True).expand(-1, rest, -1, -1)], 1)
 
     pair = [pictures[0], pictures[-1]]
     sizes = [(height + multiple, width + 2 * multiple), (5 * multiple, 9 * multiple)]

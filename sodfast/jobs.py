@@ -5,10 +5,10 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["Failure", "Job", "describe", "find_jobs"]
+__all__ = ["Failure", "Job", "add_depth", "describe", "find_jobs"]
 
 # What a folder is searched for. A file that is named itself is tried whatever its name.
 SUFFIXES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm".split())
@@ -16,10 +16,11 @@ SUFFIXES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .tif .tiff .gif .ppm .pgm 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture and the file that is made of it."""
+    """One picture and the file that is made of it; depth: its depth map, if it has any."""
 
     source: Path
     target: Path
+    depth: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,32 @@ def find_jobs(
             )
         jobs.append(Job(source, target))
     return jobs, failures
+
+
+def add_depth(
+    jobs: Sequence[Job], output: str | os.PathLike[str], depth: str | os.PathLike[str]
+) -> tuple[list[Job], list[Failure]]:
+    """The jobs with their depth maps, and a Failure for each picture that has none.
+
+    output: as of find_jobs. depth: a folder. Names match as the pictures' names under `output`
+    do ("a/1.jpg" and a/1.png or a/1_depth.png). Raises what
+    `sodfast.data.folders.find_depth` raises.
+    """
+    from .data.folders import find_depth
+
+    partner = find_depth(depth)
+    ready: list[Job] = []
+    failures: list[Failure] = []
+    for job in jobs:
+        below = job.target.relative_to(output)
+        # Of two pictures b.jpg and b.png the files are called b.jpg.png and b.png.png.
+        name = below.with_name(job.source.stem).as_posix()
+        found = partner(name)
+        if found is None:
+            failures.append(Failure(job.source, f"no depth map named {name} in {depth}"))
+        else:
+            ready.append(replace(job, depth=found))
+    return ready, failures
 
 
 def _expand(

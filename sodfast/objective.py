@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .nn import DiceLoss, MultiLevelLoss, ProgressiveBoundary, StructurePolishingLoss
+from .nn import (
+    DiceLoss,
+    DynamicDistillation,
+    DynamicDistillationLoss,
+    MultiLevelLoss,
+    ProgressiveBoundary,
+    StructurePolishingLoss,
+)
 from .recipe import Recipe
 
 __all__ = ["Objective"]
@@ -17,7 +25,8 @@ class Objective:
     """A recipe's loss as a function of a network's output and the truth.
 
     Of a batch's pictures the first `labelled` have ground truth and the others a teacher's map;
-    each part has its own loss, and their sum is taken with the recipe's weight.
+    each part has its own loss, and their sum is taken with the recipe's weight. Raises ValueError
+    for settings of the dynamic distillation that it does not take.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -32,30 +41,63 @@ class Objective:
             return None
         return self._thickness(done) if self._thickness is not None else self._fixed
 
+    def weights(self) -> DynamicDistillation | None:
+        """θ, α and β of the last call's labelled pictures (of the main map), each (B,); None
+        without dynamic distillation."""
+        criterion = self._losses[self.recipe.loss].loss
+        return criterion.first if isinstance(criterion, _Taught) else None
+
     def __call__(
-        self, output: Tensor | Sequence[Tensor], truth: Tensor, labelled: int, done: float
-    ) -> Tensor:
+        self, output: Tensor | Sequence[Tensor], truth: Tensor, labelled: int, done: float,
+        taught: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """output: logits (B, 1, H, W), or several of the network's maps, the main one first.
         truth: (B, 1, H, W) in 0–1. labelled: how many of the B have ground truth. done: part
-        of the schedule. Returns a scalar, in float32."""
+        of the schedule. taught: the teacher's logits of the labelled ones, for dynamic
+        distillation. Returns a scalar, in float32."""
         maps = [output] if isinstance(output, Tensor) else list(output)
         maps = [one.float() for one in maps]
         k = self.boundary(done)
         for criterion in self._losses.values():
             if isinstance(criterion.loss, StructurePolishingLoss) and k is not None:
                 criterion.loss.k = k
+            if isinstance(criterion.loss, _Taught):
+                criterion.loss.taught, criterion.loss.first = taught, None
         total = torch.zeros((), device=truth.device)
         if labelled:
             own = [one[:labelled] for one in maps]
             total = total + self._losses[self.recipe.loss](own, truth[:labelled])
         if labelled < len(truth):
             rest = [one[labelled:] for one in maps]
-            taught = self._losses[self.recipe.distill_loss](rest, truth[labelled:])
-            total = total + self.recipe.distill_weight * taught
+            other = self._losses[self.recipe.distill_loss](rest, truth[labelled:])
+            total = total + self.recipe.distill_weight * other
         return total
 
 
+class _Taught(nn.Module):
+    """Dynamic distillation as a loss of a map and the truth, for each of a network's maps."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
+        # TOML has no word for "none".
+        threshold = settings.get("threshold", 0.5) or None
+        try:
+            self.loss = DynamicDistillationLoss(**{**settings, "threshold": threshold})
+        except TypeError as error:  # a name that it does not know
+            raise ValueError(f"dkd: {str(error).split('() ')[-1]}") from None
+        self.taught: Tensor | None = None
+        self.first: DynamicDistillation | None = None
+
+    def forward(self, logits: Tensor, truth: Tensor) -> Tensor:
+        assert self.taught is not None
+        found = self.loss(logits, self.taught, truth)
+        self.first = self.first or found
+        return found.loss
+
+
 def _loss(name: str, recipe: Recipe) -> MultiLevelLoss:
+    if name == "dkd":
+        return MultiLevelLoss(_Taught(recipe.dkd))
     if name == "sp":
         return MultiLevelLoss(StructurePolishingLoss(recipe.boundary_weight))
     return MultiLevelLoss(DiceLoss() if name == "dice" else nn.BCEWithLogitsLoss())

@@ -61,7 +61,11 @@ def require_matplotlib() -> Any:
     return plt
 
 
-def draw_curves(evaluations: Sequence[Evaluation], path: str | os.PathLike[str]) -> None:
+def draw_curves(
+    evaluations: Sequence[Evaluation],
+    path: str | os.PathLike[str],
+    conventions: Sequence[str] = tuple(CONVENTIONS),
+) -> None:
     """Writes a PNG: precision over recall, and F over the threshold, in every convention.
 
     Conventions are told apart by the kind of line, and by colour too where there is one data
@@ -75,7 +79,8 @@ def draw_curves(evaluations: Sequence[Evaluation], path: str | os.PathLike[str])
     several = len(evaluations) > 1
     for number, evaluation in enumerate(evaluations):
         prefix = f"{evaluation.name}, " if several else ""
-        for key, convention in CONVENTIONS.items():
+        for key in conventions:
+            convention = CONVENTIONS[key]
             result = getattr(evaluation.scores, key).result()
             colour = COLOURS[(number if several else list(CONVENTIONS).index(key)) % len(COLOURS)]
             style = {"color": colour, "linestyle": _STYLES[key], "linewidth": 1.6}

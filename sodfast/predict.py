@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .data.grey import read_depth
 from .jobs import Failure, Job, describe, find_jobs
 from .parallel import chunks, ordered_map, share_threads
 from .pictures import Picture, pixels_at_once, read_picture
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Failure", "Job", "Predictor", "find_jobs", "predict_files"]
 
+DepthLike = str | os.PathLike[str] | np.ndarray | None
 PictureLike = Union[str, os.PathLike[str], "Image.Image", np.ndarray]
 
 _READ_AHEAD = 64 << 20  # bytes; larger files are read by the decoder itself
@@ -48,7 +50,8 @@ class Predictor:
     were trained for. threads: sets torch's number of CPU threads, for the whole process; None
     leaves it. A list of pictures is shared among them. batch: how many pictures of a list go
     through the network at once; on a CPU 1 is fastest, and the maps are the same. max_pixels:
-    see `sodfast.pictures.read_image`.
+    see `sodfast.pictures.read_image`. disparity: larger values in files of depth maps are nearer;
+    False: they are distances. See `sodfast.data.grey.read_depth`.
 
     Raises FileNotFoundError or ValueError for weights that cannot be read, and ValueError for
     a size that is no multiple of what the network needs (the nearest sizes are named).
@@ -62,6 +65,7 @@ class Predictor:
         threads: int | None = None,
         batch: int = 1,
         max_pixels: int | None = None,
+        disparity: bool = True,
     ) -> None:
         from .fuse import fuse
 
@@ -74,11 +78,17 @@ class Predictor:
         self.size = _check_size(size, self.preprocessing, getattr(model, "size_multiple", 16))
         self.batch = batch
         self.max_pixels = max_pixels
+        self.disparity = disparity
         self.network = fuse(model)
         tensors = [*self.network.parameters(), *self.network.buffers()]
         self.device = tensors[0].device if tensors else torch.device("cpu")
         if threads is not None:
             torch.set_num_threads(threads)
+
+    @property
+    def channels(self) -> int:
+        """What the network takes: 3, or 4 where every picture needs a depth map."""
+        return len(self.preprocessing["mean"])
 
     def describe(self) -> str:
         """Network, size, device, backend and threads, in a few words for people."""
@@ -93,44 +103,53 @@ class Predictor:
             f"backend {backend}, {threads} {'thread' if threads == 1 else 'threads'}"
         )
 
-    def prepare(self, picture: PictureLike) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Decodes and normalises: the input (1, 3, h, w) float32 and the picture's (H, W).
+    def prepare(
+        self, picture: PictureLike, depth: DepthLike = None
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Decodes and normalises: the input (1, channels, h, w) float32 and the picture's (H, W).
 
-        See `sodfast.pictures.read_image` for what is read, and for the errors.
+        See `sodfast.pictures.read_image` for what is read, and for the errors; for depth a call.
         """
         rgb = read_picture(picture, self.max_pixels).rgb
-        return to_input(rgb, self.preprocessing, self.size), (rgb.shape[0], rgb.shape[1])
+        if isinstance(depth, (str, os.PathLike)):
+            depth = read_depth(depth, self.disparity)
+        return to_input(rgb, self.preprocessing, self.size, depth), (rgb.shape[0], rgb.shape[1])
 
     def run(self, network_input: torch.Tensor) -> torch.Tensor:
-        """The network alone: (B, 3, h, w) float32 to logits (B, 1, h, w)."""
+        """The network alone: (B, channels, h, w) float32 to logits (B, 1, h, w)."""
         with torch.inference_mode():
             return self.network(network_input.to(self.device))
 
     @overload
-    def __call__(self, picture: PictureLike) -> np.ndarray: ...
+    def __call__(self, picture: PictureLike, depth: DepthLike = None) -> np.ndarray: ...
 
     @overload
-    def __call__(self, picture: list[Any] | tuple[Any, ...]) -> list[np.ndarray]: ...
-
     def __call__(
-        self, picture: PictureLike | list[Any] | tuple[Any, ...]
-    ) -> np.ndarray | list[np.ndarray]:
+        self, picture: list[Any] | tuple[Any, ...], depth: Sequence[DepthLike] | None = None
+    ) -> list[np.ndarray]: ...
+
+    def __call__(self, picture: Any, depth: Any = None) -> np.ndarray | list[np.ndarray]:
         """The saliency map of one picture, (H, W) uint8: 0 background … 255 salient.
 
         picture: a path, a PIL image, or an array ((H, W[, C]) uint8, uint16, bool, or floats
         in 0 … 1). EXIF orientation is applied, so the map is upright. Of a list or tuple of
         pictures, a list of maps in the same order; an error in one picture is raised.
+        depth: the depth map of each, for a network that takes it: a path, or an array (h, w)
+        uint8, 0 far … 255 near, of the picture's proportions. ValueError where it is missing.
         """
         if not isinstance(picture, (list, tuple)):
-            network_input, size = self.prepare(picture)
+            network_input, size = self.prepare(picture, depth)
             return to_map(self.run(network_input), size)
+        depths = [None] * len(picture) if depth is None else depth
+        if len(depths) != len(picture):
+            raise ValueError(f"depth must be {len(picture)} maps, one per picture: {len(depths)}")
 
-        def work(chunk: list[PictureLike]) -> list[np.ndarray]:
-            prepared = [self.prepare(item) for item in chunk]
+        def work(chunk: list[tuple[PictureLike, DepthLike]]) -> list[np.ndarray]:
+            prepared = [self.prepare(*item) for item in chunk]
             logits = self.run(torch.cat([network_input for network_input, _ in prepared]))
             return [to_map(one[None], size) for one, (_, size) in zip(logits, prepared)]
 
-        batches = list(chunks(picture, self.batch))
+        batches = list(chunks(list(zip(picture, depths)), self.batch))
         workers, inner = share_threads(torch.get_num_threads(), len(batches))
         with contextlib.closing(ordered_map(work, batches, workers, inner)) as results:
             return [saliency for result in results for saliency in result]
@@ -246,7 +265,10 @@ class _Files:
         for job, source in self.sources.items():
             with self._for(job):
                 picture = read_picture(source, predictor.max_pixels)
-                inputs[job] = to_input(picture.rgb, predictor.preprocessing, predictor.size)
+                depth = None
+                if job.depth is not None:
+                    depth = read_depth(job.depth, predictor.disparity)
+                inputs[job] = to_input(picture.rgb, predictor.preprocessing, predictor.size, depth)
                 sizes[job] = picture.rgb.shape[0], picture.rgb.shape[1]
                 # A map needs no more of the picture than its size.
                 pictures[job] = None if self.kind == "mask" else picture

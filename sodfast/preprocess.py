@@ -4,7 +4,8 @@ What a network expects is a small dictionary that travels with its weights::
 
     {"size": [224, 224], "mean": [r, g, b], "std": [r, g, b], "resample": "bilinear"}
 
-size is [height, width] in pixels; mean and std are on the 0 … 1 scale, in the order RGB.
+size is [height, width] in pixels; mean and std are on the 0 … 1 scale, in the order RGB. A network
+that takes depth has a fourth value in both (0 and 1: depth stays in 0 … 1, 1 near).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn import functional
 
 from .pictures import read_image
 
-__all__ = ["check_preprocessing", "read_image", "to_input", "to_map"]
+__all__ = ["check_depth", "check_preprocessing", "read_image", "to_input", "to_map"]
 
 
 def check_preprocessing(preprocessing: Any) -> dict[str, Any]:
@@ -72,7 +73,10 @@ def _taps(length: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def to_input(
-    rgb: np.ndarray, preprocessing: dict[str, Any], size: tuple[int, int] | None = None
+    rgb: np.ndarray,
+    preprocessing: dict[str, Any],
+    size: tuple[int, int] | None = None,
+    depth: np.ndarray | None = None,
 ) -> torch.Tensor:
     """(H, W, 3) uint8 to the network's input, (1, 3, height, width) float32.
 
@@ -82,24 +86,58 @@ def to_input(
     input pixels, so only those are read and converted: a 12-megapixel photo costs no more
     than a small one.
 
-    size: (height, width); None takes preprocessing["size"].
+    size: (height, width); None takes preprocessing["size"]. depth: (h, w) uint8, 0 far … 255
+    near, of the picture's proportions, where mean and std have a fourth value; the input is then
+    (1, 4, height, width). Raises ValueError for a depth map that is missing, not wanted, or of
+    another shape.
     """
     mean, std = (torch.tensor(preprocessing[name], dtype=torch.float32) for name in ("mean", "std"))
-    if len(mean) != 3:
-        raise ValueError(f"preprocessing mean must have 3 values for RGB, got {len(mean)}")
+    if len(mean) not in (3, 4):
+        raise ValueError(
+            f"preprocessing mean must have 3 values for RGB, or 4 with depth, got {len(mean)}"
+        )
     height, width = size if size is not None else preprocessing["size"]
-    top, bottom, down = _taps(rgb.shape[0], height)
-    left, right, across = _taps(rgb.shape[1], width)
+    if len(mean) == 4 and depth is None:
+        raise ValueError("the network takes a depth map with the picture, and there is none")
+    if len(mean) == 3 and depth is not None:
+        raise ValueError("the network takes no depth map, only RGB")
+    resized = _resized(rgb, (height, width))
+    if depth is not None:
+        check_depth(depth, rgb)
+        resized = torch.cat([resized, _resized(depth[:, :, None], (height, width))])
+    planes = torch.empty(len(mean), height, width)
+    torch.sub(resized, 255 * mean[:, None, None], out=planes)
+    return planes.div_(255 * std[:, None, None])[None]
+
+
+def check_depth(depth: np.ndarray, rgb: np.ndarray) -> None:
+    """Raises ValueError where a depth map is no (h, w) uint8 of the picture's proportions.
+
+    Its size may be another, as many sensors are coarser than their camera: by up to 2 % the
+    proportions may differ.
+    """
+    if depth.ndim != 2 or depth.dtype != np.uint8 or not depth.size:
+        raise ValueError(f"depth must be (H, W) uint8, got {depth.shape} {depth.dtype}")
+    (height, width), (tall, wide) = depth.shape, rgb.shape[:2]
+    if abs(width * tall - height * wide) > max(0.02 * height * wide, width, wide):
+        raise ValueError(f"the image is {wide}x{tall}, the depth map {width}x{height}")
+
+
+def _resized(array: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    """(H, W, C) uint8 to (C, height, width) float32, a view in another order."""
+    height, width = size
+    channels = array.shape[2]
+    top, bottom, down = _taps(array.shape[0], height)
+    left, right, across = _taps(array.shape[1], width)
     # Whole rows are copied first, then single values, already in the order of planes.
-    rows = rgb.reshape(rgb.shape[0], -1).take(np.concatenate([top, bottom]), axis=0)
-    columns = 3 * np.concatenate([left, right]) + np.arange(3)[:, None]
+    rows = array.reshape(array.shape[0], -1).take(np.concatenate([top, bottom]), axis=0)
+    columns = channels * np.concatenate([left, right]) + np.arange(channels)[:, None]
     corners = torch.from_numpy(rows.take(columns.ravel(), axis=1)).float()
-    corners = corners.view(2, height, 3, 2, width)  # upper or lower, row, colour, left or right
+    # Upper or lower, row, colour, left or right, column.
+    corners = corners.view(2, height, channels, 2, width)
     sides = torch.lerp(corners[:, :, :, 0], corners[:, :, :, 1], torch.from_numpy(across))
     resized = torch.lerp(sides[0], sides[1], torch.from_numpy(down)[:, None, None])
-    planes = torch.empty(3, height, width)
-    torch.sub(resized.permute(1, 0, 2), 255 * mean[:, None, None], out=planes)
-    return planes.div_(255 * std[:, None, None])[None]
+    return resized.permute(1, 0, 2)
 
 
 def to_map(logits: torch.Tensor, size: tuple[int, int]) -> np.ndarray:

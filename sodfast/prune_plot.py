@@ -106,11 +106,12 @@ def _spread(maps: Sequence[Tensor]) -> float:
 
 
 def smooth_pictures(count: int, preprocessing: Mapping[str, Any], seed: int = 0) -> Tensor:
-    """Random colour gradients as a network's input, where no photos are given; (count, 3, H, W)."""
+    """Random colour (and depth) gradients as a network's input, where no photos are given;
+    (count, channels, H, W)."""
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 7, 7, generator=generator)
+    coarse = torch.rand(count, len(preprocessing["mean"]), 7, 7, generator=generator)
     pictures = F.interpolate(coarse, tuple(preprocessing["size"]), mode="bicubic").clamp(0, 1)
-    mean, std = (torch.tensor(preprocessing[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(preprocessing[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     return (pictures - mean) / std
 
 

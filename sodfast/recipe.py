@@ -48,11 +48,16 @@ class Recipe:
     horizontal_flip: float = 0.5  # probabilities
     vertical_flip: float = 0.0
     blur: float = 0.0  # probability
+    rotation: float = 0.0  # up to so many degrees either way
     brightness: float = 0.0  # up to this part darker or brighter, see data.augment.draw_colour
+    disparity: bool = True  # depth maps, where the network takes any: near is bright; false: far is
     held_out: float = 0.05  # part of the training set that only validation sees
     seed: int = 1  # of initialisation, data order and augmentation
     # loss
-    loss: str = "bce"  # bce, dice or sp (Dice of the map and of its boundary)
+    loss: str = "bce"  # bce, dice, sp (Dice of the map and of its boundary), or dkd: dynamic
+    # distillation, which needs a teacher (sodfast distill)
+    dkd: dict[str, Any] = field(default_factory=dict)  # arguments of
+    # sodfast.nn.DynamicDistillationLoss; a threshold of 0: no noise elimination
     boundary: str = "paper"  # sp: thickness of the boundaries over the training, see
     # sodfast.nn.ProgressiveBoundary: its schedule paper or code, or always this number of pixels
     boundary_weight: float = 1.0  # sp: of the boundary's part
@@ -72,11 +77,15 @@ class Recipe:
     weight_decay: float = 5e-3  # on everything but the γ under dynamic weight decay, if any are
     encoder_lr: float = 1.0  # of an encoder, as a part of lr
     encoder_norm_decay: bool = True  # whether weight_decay acts on the encoder's norms too
-    schedule: str = "steps"  # steps (÷ 10 at each milestone), cosine, or warmup_cosine (linear
-    # from final_lr to lr, then the cosine back to it; the others warm up from 0)
+    bias_lr: float = 1.0  # of all biases, as a part of lr
+    bias_decay: bool = True  # whether weight_decay acts on them too
+    schedule: str = "steps"  # steps (÷ 10 at each milestone), cosine, poly ((1 - done)^poly_power),
+    # or warmup_cosine (linear from final_lr to lr, then the cosine back to it; the others warm up
+    # from 0)
+    poly_power: float = 0.9
     milestones: list[int] = field(default_factory=lambda: [200, 250])  # epochs
     warmup_epochs: float = 0.0
-    final_lr: float = 0.0  # cosine ends here, as a part of lr
+    final_lr: float = 0.0  # cosine and poly end here, as a part of lr
     finetune_lr: float = 0.0  # the fine-tuning: cosine from here to 0; 0: the schedule goes on
     # dynamic weight decay and elimination
     lambda_d: float = 3.0  # 0: none, the γ get the standard decay
@@ -150,13 +159,14 @@ _SMALLEST = {
     "size": 16, "cache_size": 0, "epochs": 1, "finetune_epochs": 0, "max_minutes": 0,
     "batch_size": 1, "accumulate": 1, "eps": 0, "momentum": 0, "weight_decay": 0,
     "warmup_epochs": 0, "boundary_weight": 0, "distill_weight": 0, "encoder_lr": 0,
-    "final_lr": 0, "finetune_lr": 0, "lambda_d": 0, "prune_threshold": 0,
+    "final_lr": 0, "finetune_lr": 0, "rotation": 0, "bias_lr": 0, "poly_power": 0,
+    "lambda_d": 0, "prune_threshold": 0,
     "validate_every": 1, "checkpoint_every": 1, "log_every": 1,
 }  # fmt: skip
 _CHOICES = {
     "optimizer": ("adam", "adamw", "sgd"),
-    "schedule": ("steps", "cosine", "warmup_cosine"),
-    "loss": ("bce", "dice", "sp"),
+    "schedule": ("steps", "cosine", "poly", "warmup_cosine"),
+    "loss": ("bce", "dice", "sp", "dkd"),
     "distill_loss": ("bce", "dice", "sp"),
     "teach": ("online", "offline"),
     "decay_mode": ("coupled", "decoupled"),

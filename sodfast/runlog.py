@@ -7,6 +7,7 @@ line counts (`read_log`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,12 +16,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Losses", "NotFinite", "RunLog", "draw_curves", "environment", "read_log"]
+if TYPE_CHECKING:
+    from .data.batches import Batches
+    from .distill import Mixture
+    from .nn import DynamicDistillation
+
+__all__ = [
+    "Losses",
+    "NotFinite",
+    "RunLog",
+    "TeachingLog",
+    "draw_curves",
+    "environment",
+    "read_log",
+    "read_teaching",
+]
 
 
 def environment() -> dict[str, Any]:
@@ -75,21 +90,12 @@ class RunLog:
             return
         path = folder / "log.jsonl"
         self._file = open(path, "a+b")  # noqa: SIM115 (closed by close)
-        self._end_last_line()
+        _end_last_line(self._file)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
         self._board = SummaryWriter(str(folder / "tensorboard"))
-
-    def _end_last_line(self) -> None:
-        """A killed process may have left half a line."""
-        assert self._file is not None
-        end = self._file.seek(0, os.SEEK_END)
-        if end:
-            self._file.seek(end - 1)
-            if self._file.read(1) != b"\n":
-                self._file.write(b"\n")
 
     def write(self, event: str, **values: Any) -> None:
         """One line, on the disk's side of Python's buffers when this returns."""
@@ -109,6 +115,15 @@ class RunLog:
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _end_last_line(file: Any) -> None:
+    """A killed process may have left half a line."""
+    end = file.seek(0, os.SEEK_END)
+    if end:
+        file.seek(end - 1)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
 
 
 class NotFinite(ArithmeticError):
@@ -144,6 +159,62 @@ class Losses:
             mean = value if mean == 0 else 0.98 * mean + 0.02 * value
         self._pending.clear()
         return mean
+
+
+class TeachingLog:
+    """RUN/teaching.jsonl of dynamic distillation: a line per batch with its number, the names of
+    its pictures and their θ, α and β. After a resume the later line of a batch counts
+    (`read_teaching`). Other processes than the first write teaching-rankN.jsonl.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self._path = folder / (f"teaching-rank{rank}.jsonl" if rank else "teaching.jsonl")
+        self._file: Any = None
+        self._pending: list[tuple[int, list[str], DynamicDistillation]] = []
+        self.means: dict[str, float] = {}  # of θ, α and β in the last batch that was written
+
+    def add(
+        self, number: int, batches: Batches | Mixture, found: DynamicDistillation | None
+    ) -> None:
+        """Batch `number`; its values stay on the device until `flush`. None is passed over."""
+        if found is not None:
+            self._pending.append((number, batches.labelled_names(number), found))
+
+    def flush(self) -> None:
+        """Writes what was added. Raises OSError when the disk is full."""
+        if not self._pending:
+            return
+        if self._file is None:
+            self._file = open(self._path, "a+b")  # noqa: SIM115 (closed by close)
+            _end_last_line(self._file)
+        for number, names, found in self._pending:
+            values = {
+                name: [round(v, 5) for v in getattr(found, name).tolist()] for name in _TEACHING
+            }
+            self._file.write(
+                json.dumps({"batch": number, "names": names, **values}).encode() + b"\n"
+            )
+            self.means = {name: sum(v) / max(len(v), 1) for name, v in values.items()}
+        self._pending.clear()
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+_TEACHING = ("theta", "alpha", "beta")
+
+
+def read_teaching(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of RUN/teaching.jsonl and those of the other processes, by batch."""
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for path in sorted(Path(folder).glob("teaching*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # half a line
+                entry = json.loads(line)
+                found[entry["batch"], path.name] = entry
+    return [found[key] for key in sorted(found)]
 
 
 def read_log(folder: str | os.PathLike[str], event: str) -> list[dict[str, Any]]:

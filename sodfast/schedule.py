@@ -11,13 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from .data.augment import uniform
 from .recipe import Recipe
 
 _SIZE_STREAM = 0x73697A65  # so that these random numbers are not the augmentation's
 
-__all__ = ["check_sizes", "decay_strength", "image_size", "learning_rate", "make_optimizer"]
+__all__ = [
+    "check_sizes",
+    "decay_strength",
+    "image_size",
+    "learning_rate",
+    "make_optimizer",
+    "split_biases",
+]
 
 
 def learning_rate(recipe: Recipe, done: float, eliminated_at: float, per_epoch: int) -> float:
@@ -48,7 +56,8 @@ def learning_rate(recipe: Recipe, done: float, eliminated_at: float, per_epoch: 
     if recipe.finetune_lr and recipe.prune:
         end = 1 - recipe.finetune_epochs / recipe.epochs  # the fine-tuning has its own
     part = min(1.0, done / end) if end > 0 else 1.0
-    return recipe.lr * warm * (recipe.final_lr + (1 - recipe.final_lr) * _cosine(part))
+    left = (1 - part) ** recipe.poly_power if recipe.schedule == "poly" else _cosine(part)
+    return recipe.lr * warm * (recipe.final_lr + (1 - recipe.final_lr) * left)
 
 
 def _cosine(part: float) -> float:
@@ -85,6 +94,27 @@ def decay_strength(recipe: Recipe, done: float) -> float:
         return recipe.lambda_d
     reached = [strength for start, strength in sorted(recipe.lambda_steps) if done >= start]
     return float(reached[-1]) if reached else 0.0
+
+
+def split_biases(
+    recipe: Recipe, model: nn.Module, groups: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The groups with their biases apart, where the recipe treats them in another way.
+
+    What counts are the parameters called "bias", those of norms included.
+    """
+    if recipe.bias_lr == 1 and recipe.bias_decay:
+        return groups
+    biases = {id(p) for name, p in model.named_parameters() if name.split(".")[-1] == "bias"}
+    ready = []
+    for group in groups:
+        own = [p for p in group["params"] if id(p) in biases]
+        ready.append({**group, "params": [p for p in group["params"] if id(p) not in biases]})
+        if own:
+            decay = group["weight_decay"] if recipe.bias_decay else 0.0
+            scale = group.get("lr_scale", 1.0) * recipe.bias_lr
+            ready.append({**group, "params": own, "weight_decay": decay, "lr_scale": scale})
+    return ready
 
 
 def make_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

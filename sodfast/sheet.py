@@ -29,13 +29,14 @@ _INK, _PAPER, _FAINT = "#22282e", "#ffffff", "#eceff2"
 def draw_sheet(
     maps: Sequence[ScoredMap],
     path: str | os.PathLike[str],
-    predict: Callable[[str | os.PathLike[str]], np.ndarray] | None = None,
+    predict: Callable[..., np.ndarray] | None = None,
 ) -> None:
     """Writes a PNG with a row for each map: photo | truth | map, and its figures above.
 
-    maps: from `sodfast.evaluate.worst_maps`. predict: makes the map of a photo anew where none was
-    written to a file (a `Predictor`). Without any photo that column is left out. Whole or
-    not at all; raises ValueError for an empty list, OSError when the file cannot be written.
+    maps: from `sodfast.evaluate.worst_maps`. predict: makes the map of a photo (and its depth map)
+    anew where none was written to a file (a `Predictor`). Without any photo that column is left
+    out. Whole or not at all; raises ValueError for an empty list, OSError when the file cannot be
+    written.
     """
     from PIL import Image, ImageDraw
 
@@ -76,7 +77,7 @@ def _caption(scored: ScoredMap) -> str:
 def _pictures(
     scored: ScoredMap,
     photos: bool,
-    predict: Callable[[str | os.PathLike[str]], np.ndarray] | None,
+    predict: Callable[..., np.ndarray] | None,
 ) -> list[Image.Image | None]:
     """What stands in a row, at most _CELL pixels wide and high each; None where it is missing."""
     from PIL import Image
@@ -87,7 +88,8 @@ def _pictures(
     if scored.prediction is not None:
         prediction = Image.fromarray(read_grey(scored.prediction))
     elif predict is not None and scored.photo is not None:
-        prediction = Image.fromarray(predict(scored.photo))
+        extra = () if scored.depth is None else (scored.depth,)
+        prediction = Image.fromarray(predict(scored.photo, *extra))
     pictures = [*([photo] if photos else []), truth, prediction]
     for picture in pictures:
         if picture is not None:

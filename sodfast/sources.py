@@ -54,21 +54,28 @@ class Sources:
     def identity(self, rows: np.ndarray) -> str:
         """A hash of what is trained on: a resumed run must have the same."""
         names = [] if self.labelled is None else [self.labelled.names[row] for row in rows]
-        if self.unlabelled is not None and self.teacher is not None:
-            names += ["", self.teacher.identity, *self.unlabelled.names]
+        if self.teacher is not None:
+            names += ["", self.teacher.identity]
+        if self.unlabelled is not None:
+            names += self.unlabelled.names
         return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
     def batches(
         self, rows: np.ndarray, recipe: Recipe, pre: dict[str, Any], device: torch.device,
         launch: Launch,
     ) -> Batches | Mixture:  # fmt: skip
-        """The training batches of this process; pre: the student's preprocessing."""
+        """The training batches of this process; pre: the student's preprocessing.
+
+        With depth in the fourth channel where the student or the teacher takes it.
+        """
+        if self.labelled is not None and self.labelled.depths is not None and len(pre["mean"]) == 3:
+            pre = {**pre, "mean": [*pre["mean"], 0.0], "std": [*pre["std"], 1.0]}
 
         def of(cache: Cache, rows: np.ndarray, size: int, seed: int) -> Batches:
             return Batches(
                 cache, rows, size, seed, pre["mean"], pre["std"], recipe.crop,
                 recipe.horizontal_flip, recipe.vertical_flip, device, launch.rank, launch.world,
-                recipe.blur, recipe.brightness,
+                recipe.blur, recipe.brightness, recipe.rotation,
             )  # fmt: skip
 
         if self.unlabelled is None:
@@ -101,21 +108,35 @@ def open_sources(
     cache_folder: str | os.PathLike[str] | None,
     skip_bad: bool,
     progress: bool,
+    channels: int = 3,
 ) -> Sources:
     """Decodes what is not decoded yet, and writes weak labels where the recipe wants them.
 
-    Arguments, and errors, as of `sodfast.train.train`.
+    channels: that the student takes, 4 with depth. Other arguments, and errors, as of
+    `sodfast.train.train`.
     """
-    if (images is None) != (teacher is None):
+    if recipe.loss == "dkd":
+        if teacher is None or data is None:
+            missing = "teacher" if teacher is None else "data"
+            raise ValueError(
+                f"dynamic distillation needs a teacher and labelled data: no {missing} "
+                "(sodfast distill RECIPE --teacher W --data DIR)"
+            )
+    elif (images is None) != (teacher is None):
         raise ValueError("images without ground truth and a teacher go together: one is missing")
     if data is None and images is None:
         raise ValueError("there is nothing to learn from: neither data nor images")
     judge = None if teacher is None else Teacher(teacher, launch.device)
+    depth = channels == 4 or (judge is not None and judge.channels == 4)
+    if depth and images is not None:
+        who = "network" if channels == 4 else "teacher"
+        raise ValueError(f"the {who} takes depth maps, and images without ground truth have none")
     side = recipe.cache_size or recipe.size
     options = (side, cache_folder, skip_bad, progress)
+    seen = recipe.disparity
     with launch.main_first():  # one process decodes, the others open what it wrote
-        labelled = None if data is None else open_data(data, *options)
-        separate = None if val is None else open_data(val, *options)
+        labelled = None if data is None else open_data(data, *options, depth, seen)
+        separate = None if val is None else open_data(val, *options, channels == 4, seen)
         unlabelled = None if images is None else open_images(images, *options)
     if judge is not None and unlabelled is not None and recipe.teach == "offline":
         unlabelled = weak_labels(judge, unlabelled, launch, progress)

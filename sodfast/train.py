@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint
@@ -29,8 +29,15 @@ from .objective import Objective
 from .optim import DynamicWeightDecay, parameter_groups
 from .prune import estimate_statistics, prune
 from .recipe import Recipe
-from .runlog import Losses, NotFinite, RunLog, draw_curves, environment
-from .schedule import check_sizes, decay_strength, image_size, learning_rate, make_optimizer
+from .runlog import Losses, NotFinite, RunLog, TeachingLog, draw_curves, environment
+from .schedule import (
+    check_sizes,
+    decay_strength,
+    image_size,
+    learning_rate,
+    make_optimizer,
+    split_biases,
+)
 from .sources import Sources, open_sources
 from .validation import gamma_quantiles, results, validate
 from .weights import atomic_write, load, save
@@ -67,7 +74,8 @@ def train(
     set) instead of a held-out part of `data`. resume: go on from the last checkpoint in
     `run`. init: start from these weights, in their configuration. device: None takes a GPU
     where there is one. cache_folder, skip_bad: see `sodfast.data.cache.build_cache`.
-    teacher, images: see `sodfast.distill.distill`; data may then be None.
+    teacher, images: see `sodfast.distill.distill`; data may then be None. A network with four
+    input channels (`config.in_channels`) learns from depth maps too, which `data` must hold.
 
     Raises ValueError and FileNotFoundError for what is wrong with the arguments or the data,
     TrainingError for a loss that is not finite or a full disk.
@@ -79,9 +87,11 @@ def train(
             if not resume and checkpoint.list_checkpoints(run):
                 raise ValueError(f"{run} holds a run already: --resume goes on with it")
             checkpoint.clean(run)
+        config: Any = recipe.config if init is None else load(init).config
         sources = open_sources(
-            recipe, trainer.launch, data, val, images, teacher, cache_folder, skip_bad, progress
-        )
+            recipe, trainer.launch, data, val, images, teacher, cache_folder, skip_bad, progress,
+            config.get("in_channels", 3),
+        )  # fmt: skip
         trainer.start(sources, init)
         try:
             trainer.loop()
@@ -149,6 +159,7 @@ class Trainer:
         pre: dict[str, Any] = model.preprocessing  # type: ignore[assignment]
         pre["size"] = [recipe.size, recipe.size]  # travels with the weights
         self.batches = sources.batches(rows, recipe, pre, self.device, self.launch)
+        self.teacher = sources.teacher if recipe.loss == "dkd" else None
         self.steps_per_epoch = self.batches.per_epoch // recipe.accumulate
         if self.steps_per_epoch == 0:
             raise ValueError(
@@ -161,6 +172,7 @@ class Trainer:
             self.restore(saved)
 
         self.log = RunLog(self.run, active=self.launch.is_main)
+        self.teaching = TeachingLog(self.run, self.launch.rank)
         self.log.write(
             "start", recipe=recipe.as_dict(), environment=environment(), device=str(self.device),
             processes=self.launch.world, seed=recipe.seed, training=len(rows), step=self.state.step,
@@ -176,6 +188,8 @@ class Trainer:
         """Makes `model` the one that is trained, with a fresh optimizer."""
         recipe = self.recipe
         self.model = model.to(self.device).train()
+        expected: dict[str, Any] = model.preprocessing  # type: ignore[assignment]
+        self.channels = len(expected["mean"])  # a batch may hold depth for a teacher alone
         groups = parameter_groups(
             self.model, recipe.weight_decay, recipe.encoder_lr, recipe.encoder_norm_decay
         )
@@ -183,7 +197,7 @@ class Trainer:
         if not recipe.lambda_d and len(groups) == 2:
             every = list(self.model.parameters())
             groups = [{"params": every, "weight_decay": recipe.weight_decay}]
-        inner = make_optimizer(recipe, groups)
+        inner = make_optimizer(recipe, split_biases(recipe, self.model, groups))
         self.decay = None
         # Once channels are eliminated the rest is fine-tuned: nothing more shall vanish.
         if recipe.lambda_d > 0 and self.state.eliminated_at < 0:
@@ -215,8 +229,9 @@ class Trainer:
                 number = state.step * recipe.accumulate + part
                 x, truth = self.batches.get(number, size)
                 with self.launch.autocast():
-                    output = self.parallel(x)
-                loss = self.objective(output, truth, self.batches.labelled, done)
+                    output = self.parallel(x[:, : self.channels])
+                loss = self.objective(output, truth, self.batches.labelled, done, self.taught(x))
+                self.teaching.add(number, self.batches, self.objective.weights())
                 self.losses.add(number, loss)
                 if self.losses.due:
                     self.read_losses(size)
@@ -235,6 +250,7 @@ class Trainer:
                     boundary=self.objective.boundary(done),
                     seconds=round(self.seconds(), 2),
                     penalty=None if self.decay is None else float(self.decay.penalty()),
+                    **self.teaching.means,
                 )  # fmt: skip
             bar.update()
             bar.set_postfix(loss=f"{state.loss:.3f}", size=size, refresh=False)
@@ -247,6 +263,13 @@ class Trainer:
         if self.must_eliminate(1.0):  # no fine-tuning was asked for
             self.eliminate(1.0)
         bar.close()
+
+    def taught(self, x: Tensor) -> Tensor | None:
+        """The teacher's logits of a batch's labelled pictures, for dynamic distillation."""
+        if self.teacher is None:
+            return None
+        pre = {"mean": self.batches.mean, "std": self.batches.std}
+        return self.teacher.logits_of_student(x[: self.batches.labelled], pre)
 
     def done(self) -> float:
         """How much of the schedule is behind us: of the steps, or of the time if that is more."""
@@ -278,7 +301,10 @@ class Trainer:
             side, first = image_size(recipe, done), self.state.step * recipe.accumulate
             estimate_statistics(
                 smaller.to(self.device),
-                (self.batches.get(first + i, side)[0] for i in range(_STATISTICS_BATCHES)),
+                (
+                    self.batches.get(first + i, side)[0][:, : self.channels]
+                    for i in range(_STATISTICS_BATCHES)
+                ),
             )
         self.state.eliminated_at = done
         self.state.best = -1.0  # from now on the smaller network's scores count
@@ -308,6 +334,7 @@ class Trainer:
 
     def read_losses(self, size: int) -> None:
         """Reads what was not read yet; stops the run at the first loss that is no number."""
+        self.teaching.flush()
         try:
             self.state.loss = self.losses.read(self.state.loss)
         except NotFinite as found:
@@ -411,4 +438,5 @@ class Trainer:
 
     def close(self) -> None:
         self.batches.close()
+        self.teaching.close()
         self.log.close()

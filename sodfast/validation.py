@@ -29,6 +29,7 @@ def validate(
     The pictures are the cache's squares, resized to size x size; the maps are resized back and
     compared with the cache's masks. So these are not the figures of `sodfast eval`, which
     keeps each picture's own size; they are near them and much faster. Leaves model in eval.
+    Raises ValueError for a model that takes depth and a cache without it.
     """
     model.eval()
     metric = SalMetric()
@@ -38,7 +39,10 @@ def validate(
         images = torch.from_numpy(cache.images[some]).to(device)
         masks = torch.from_numpy(cache.masks[some])
         whole = torch.eye(2, 3, device=device).expand(len(some), 2, 3)
-        x, _ = augment(images, masks.to(device), whole, size, pre["mean"], pre["std"])
+        depths = None if cache.depths is None else torch.from_numpy(cache.depths[some]).to(device)
+        x, _ = augment(
+            images, masks.to(device), whole, size, pre["mean"], pre["std"], depths=depths
+        )
         logits = model(x)
         for one, truth in zip(logits, masks):
             side = (truth.shape[0], truth.shape[1])

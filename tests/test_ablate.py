@@ -35,7 +35,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )  # fmt: skip
 def test_every_run_of_every_entry_can_be_made(name: str, recipe: str | None) -> None:
     ablation = ABLATIONS[name]
-    runs = plan(ablation, recipe, ["lr=0.125"], seeds=2)
+    teachers = ["teacher.safetensors"] if ablation.dynamic else []
+    runs = plan(ablation, recipe, ["lr=0.125"], seeds=2, teachers=teachers)
+    for run in runs:
+        assert bool(run.teacher) == (run.recipe.loss == "dkd")
     assert len(runs) == 2 * len(ablation.runs)
     assert len({run.folder for run in runs}) == len({run.label for run in runs}) * 2 == len(runs)
     varied = {json.dumps(run.recipe.as_dict(), sort_keys=True) for run in runs}
@@ -52,7 +55,7 @@ def test_the_papers_ablations_are_there() -> None:
     papers = " ".join(entry.paper for entry in ABLATIONS.values())
     for place in ("fig. 6a", "fig. 13", "fig. 6b", "fig. 14", "table 4", "table 11", "table 3",
                   "table 9", "table 10", "table 1,", "table 6", "KD-SCFNet table 3",
-                  "KD-SCFNet fig. 6"):  # fmt: skip
+                  "KD-SCFNet fig. 6", "Dynamic KD table 3", "Dynamic KD table 5"):  # fmt: skip
         assert place in papers
 
 
@@ -141,3 +144,49 @@ def test_teachers_are_compared(scenes: Path, tmp_path: Path) -> None:
     assert rows[0]["mae"] != rows[1]["mae"]  # they were told different things
     assert main([*words, "--teacher", str(files[0])]) == 2  # twice the same
     assert main(["ablate", "epochs", "--data", "x", "-o", "y", "--teacher", str(files[0])]) == 2
+
+
+# ---- dynamic distillation ----------------------------------------------------------------------
+
+
+def test_the_rows_of_the_papers_table() -> None:
+    runs = plan(ABLATIONS["rgbd"], teachers=["t.safetensors"])
+    assert [run.label for run in runs] == [
+        "RGB", "RGB-D", "fixed, s 0.3", "fixed, s 0.5", "fixed, s 0.7", "dynamic",
+        "dynamic, and threshold",
+    ]  # fmt: skip
+    assert [run.recipe.config["in_channels"] for run in runs] == [3] + 6 * [4]
+    assert [run.recipe.dkd.get("threshold") for run in runs[-2:]] == [0.0, 0.5]
+    rgb = plan(ABLATIONS["rgb-dkd"], teachers=["t.safetensors"])
+    assert {(run.recipe.config["in_channels"], run.recipe.dkd["temperature"]) for run in rgb} == {
+        (3, 10.0)
+    }
+    with pytest.raises(ValueError, match="needs one teacher, got 0"):
+        plan(ABLATIONS["rgbd"])
+    with pytest.raises(ValueError, match="needs one teacher, got 2"):
+        plan(ABLATIONS["rgbd"], teachers=["a.safetensors", "b.safetensors"])
+
+
+def test_dynamic_distillation_makes_its_table_and_pictures(tmp_path: Path) -> None:
+    write_scenes(tmp_path / "set", 18, seed=3, size=40, depth=True, damage=0.3)
+    write_scenes(tmp_path / "val", 7, seed=4, size=40, depth=True)
+    torch.manual_seed(1)
+    teacher = tmp_path / "teacher.safetensors"
+    sodfast.save(sodfast.create_model("csnet", width=0.2, in_channels=4).eval(), teacher)
+    small = [
+        "config.width=0.2", "size=32", "cache_size=32", "epochs=1", "batch_size=6", "held_out=0.0"
+    ]  # fmt: skip
+    ablation = ABLATIONS["rgbd"]
+    runs = plan(ablation, "rgbd-csnet", small, teachers=[teacher])
+    chosen = [run for run in runs if run.label in ("RGB", "fixed, s 0.5", "dynamic")]
+    options = {"cache_folder": tmp_path / "cache", "progress": False}
+    rows = ablate(ablation, chosen, tmp_path / "set", tmp_path / "out", tmp_path / "val", **options)
+    assert [row["series"] for row in rows] == ["RGB", "fixed", "dynamic"]
+    pictures = ("scatter.png", "curves.png", "heat.png", "plot.png")
+    for name in pictures:
+        with Image.open(tmp_path / "out" / name) as image:
+            assert min(image.size) > 200 and image.convert("L").getextrema()[0] < 128
+    # Two of the three were taught: two panels; photo, depth, truth and three maps in six rows.
+    wide = {name: Image.open(tmp_path / "out" / name).size for name in pictures}
+    assert wide["scatter.png"][0] > 1.5 * wide["scatter.png"][1]
+    assert 0.8 < wide["heat.png"][0] / wide["heat.png"][1] < 1.4

@@ -15,6 +15,7 @@ from sodfast.data.batches import Batches, hold_out
 from sodfast.data.cache import BadPairs, build_cache, open_data
 from sodfast.data.folders import find_pairs
 from sodfast.data.synth import make_scene, write_scenes
+from sodfast.data.synth_depth import make_depth_scene
 from sodfast.preprocess import read_image, to_input
 
 PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
@@ -49,7 +50,7 @@ def test_cache_is_used_again_until_a_file_changes(
     decoded = []
     original = cache_module._decode
     monkeypatch.setattr(
-        cache_module, "_decode", lambda pair, size: (decoded.append(pair), original(pair, size))[1]
+        cache_module, "_decode", lambda pair, *how: (decoded.append(pair), original(pair, *how))[1]
     )
     pairs = find_pairs(scenes)
     first = build_cache(pairs, 16, tmp_path, progress=False)
@@ -252,8 +253,12 @@ def test_scenes_are_functions_of_seed_and_index(tmp_path: Path) -> None:
         assert np.array_equal(array, again)
     assert not np.array_equal(make_scene(1, 5, 64)[0], make_scene(1, 6, 64)[0])
     write_scenes(tmp_path / "a", 3, seed=1, depth=True, size=64)
-    image, mask, depth = make_scene(1, 2, 64)
-    for kind, wanted in (("images", image), ("masks", mask), ("depth", depth)):
+    write_scenes(tmp_path / "b", 3, seed=1, size=64)
+    image, mask, _ = make_scene(1, 2, 64)
+    for kind, wanted in (("images", image), ("masks", mask)):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "b" / kind / "000002.png")), wanted)
+    scene = make_depth_scene(1, 2, 64)
+    for kind, wanted in (("images", scene.image), ("masks", scene.mask), ("depth", scene.depth)):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "a" / kind / "000002.png")), wanted)
     assert len(find_pairs(tmp_path / "a", depth=True)) == 3
 

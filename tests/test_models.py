@@ -262,7 +262,7 @@ def test_width_and_channels_exclude_each_other(small_channels):
 
 def test_unknown_model_is_refused():
     assert sodfast.list_models() == [
-        "csf", "csnet", "extractor", "scfnet", "scfnet-base", "vanilla",
+        "csf", "csnet", "extractor", "fpn-rgbd", "scfnet", "scfnet-base", "vanilla",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="unknown model 'csnte'; did you mean 'csnet'"):
         sodfast.create_model("csnte")

@@ -33,13 +33,14 @@ def add_parser(subparsers: Any) -> None:
         action="append",
         default=[],
         metavar="W",
-        help="teacher: weights to distil; once for each that is compared",
+        help="weights to distil; for teacher once for each that is compared",
     )
     parser.add_argument("--images", metavar="DIR", help="teacher: pictures without ground truth")
     parser.add_argument(
         "--recipe",
         metavar="R",
-        help="what all runs share (csnet-fast; loss: fs-scfnet; teacher: kd-scfnet)",
+        help="what all runs share (csnet-fast; loss: fs-scfnet; teacher: kd-scfnet; rgbd: "
+        "rgbd-dkd-ne; rgb-dkd: rgbd-dkd)",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of it"

@@ -15,13 +15,21 @@ def add_parser(subparsers: Any) -> None:
         "synth",
         help="synthetic scenes with masks",
         description="Textured objects over textured backgrounds: DIR/images, DIR/masks and, with "
-        "--depth, DIR/depth (255 near). The same seed gives the same scenes.",
+        "--depth, DIR/depth (255 near) and DIR/damage.csv: scenes of several objects, of which "
+        "the one that is both near and striking is salient. The same seed gives the same scenes.",
     )
     synth.add_argument("folder", metavar="DIR", help="a new or empty folder")
     synth.add_argument("--n", type=positive, default=1000, metavar="N", help="scenes (1000)")
     synth.add_argument("--seed", type=int, default=0, metavar="S", help="which scenes (0)")
     synth.add_argument("--size", type=positive, default=160, metavar="PIXELS", help="longer side")
     synth.add_argument("--depth", action="store_true", help="write depth maps too")
+    synth.add_argument(
+        "--damage",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the depth maps that are damaged: other objects dominate, low contrast, distortion",
+    )
     synth.set_defaults(run=run)
 
 
@@ -34,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         with tqdm(total=arguments.n, unit="scene", disable=None) as bar:
             write_scenes(
                 arguments.folder, arguments.n, arguments.seed, arguments.depth, arguments.size,
-                bar.update,
+                bar.update, arguments.damage,
             )  # fmt: skip
     except ValueError as error:
         raise UsageError(error) from error

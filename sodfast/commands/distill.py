@@ -12,19 +12,20 @@ from .train import add_options, print_table
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "distill",
-        help="train on what a trained network says of pictures without ground truth",
+        help="train on what a trained network says of pictures",
         description="Any network teaches any other. The teacher sees every augmented batch, or "
-        "(--set teach=offline) labels all pictures once. Writes to RUN what sodfast train writes.",
+        "(--set teach=offline) labels all pictures once. With loss dkd (the recipes rgbd-dkd, …) "
+        "teacher and ground truth of --data are weighed for every picture, and --images is not "
+        "needed. Writes to RUN what sodfast train writes.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="of the student: a name or a .toml file")
     parser.add_argument("--teacher", required=True, metavar="W", help="its weights, .safetensors")
     parser.add_argument(
         "--images",
-        required=True,
         metavar="DIR",
         help="pictures without ground truth: a folder, or a text file with a path per line",
     )
-    parser.add_argument("--data", metavar="DIR", help="images and masks to mix in")
+    parser.add_argument("--data", metavar="DIR", help="images and masks, to mix in or for dkd")
     add_options(parser)
     parser.set_defaults(run=run)
 
@@ -38,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
         recipe = load_recipe(arguments.recipe, arguments.set)
     except (ImportError, OSError, ValueError) as error:
         raise UsageError(error) from error
+    if arguments.images is None and recipe.loss != "dkd":
+        raise UsageError("--images is missing: pictures without ground truth (only dkd needs none)")
     try:
         table = distill(
             recipe, arguments.teacher, arguments.images, arguments.output, arguments.data,

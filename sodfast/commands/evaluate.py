@@ -45,6 +45,9 @@ def add_parser(subparsers: Any) -> None:
     )
     network.add_argument("--size", type=positive, metavar="N", help="the network sees N x N pixels")
     network.add_argument(
+        "--distance", action="store_true", help="depth maps are distances: far is bright"
+    )
+    network.add_argument(
         "--no-speed", action="store_true", help="do not measure images per second (2 s)"
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
@@ -98,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.size,
                 arguments.names,
                 speed=not arguments.no_speed,
+                disparity=not arguments.distance,
             )
         else:
             evaluations = [_maps(arguments)]
@@ -145,9 +149,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError(
             "two folders are needed, PRED_DIR and GT_DIR; or --weights FILE --data DIR"
         )
-    elif arguments.size or arguments.no_speed:
-        name = "--size" if arguments.size else "--no-speed"
-        raise UsageError(f"{name} belongs to --weights")
+    else:
+        for name in ("size", "no_speed", "distance"):
+            if getattr(arguments, name):
+                raise UsageError(f"--{name.replace('_', '-')} belongs to --weights")
     if arguments.worst and not arguments.sheet:
         raise UsageError("--worst needs --sheet FILE.png")
 
@@ -175,6 +180,7 @@ def evaluate_weights(
     size: int | None = None,
     names: str | None = None,
     speed: bool = True,
+    disparity: bool = True,
 ) -> tuple[list[Evaluation], dict[str, Any], Predictor]:
     """One network on some data sets: an evaluation of each, what the network costs, and it."""
     import torch
@@ -183,15 +189,15 @@ def evaluate_weights(
     from ..evaluate import cores, describe_model, evaluate_network, measure_speed
     from ..predict import Predictor
 
-    # What is wrong with the last folder shows before the first has taken its time.
-    found = [find_data(folder, names=names) for folder in data]
     try:
-        predictor = Predictor(weights, size=size)
+        predictor = Predictor(weights, size=size, disparity=disparity)
     except ValueError as error:
         raise (UsageError if size else WorkError)(error) from error
+    # What is wrong with the last folder shows before the first has taken its time.
+    found = [find_data(folder, predictor.channels == 4, names) for folder in data]
     try:
         # Once on nothing: what is wrong with the backend is not wrong with every picture.
-        predictor.run(torch.zeros(1, 3, *predictor.size))
+        predictor.run(torch.zeros(1, predictor.channels, *predictor.size))
     except (RuntimeError, ValueError) as error:
         raise WorkError(f"the network cannot run: {error}") from error
     model = describe_model(weights, predictor)
@@ -201,7 +207,10 @@ def evaluate_weights(
         torch.set_num_threads(threads)
         if speed:
             with contextlib.suppress(OSError, ValueError):  # the evaluation will say why
-                model["images_per_second"] = measure_speed(predictor, found[0].pairs[0].image)
+                first = found[0].pairs[0]
+                model["images_per_second"] = measure_speed(
+                    predictor, first.image, depth=first.depth
+                )
     finally:
         torch.set_num_threads(before)
     evaluations = []

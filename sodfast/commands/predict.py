@@ -88,6 +88,17 @@ def add_parser(subparsers: Any) -> None:
         help="refuse larger pictures before decoding them (default: 89 million, WebP 59 million)",
     )
     parser.add_argument(
+        "--depth",
+        metavar="DIR",
+        help="depth maps named like the pictures, for weights that take them; a picture without "
+        "one is reported",
+    )
+    parser.add_argument(
+        "--distance",
+        action="store_true",
+        help="depth maps are distances: far is bright (default: near is bright)",
+    )
+    parser.add_argument(
         "--video",
         metavar="IN",
         help="a video instead of pictures; -o is then the video to write (needs ffmpeg)",
@@ -103,6 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
     keep_freed_memory()
     with _pillow_guard(arguments.max_pixels):
         predictor = _predictor(arguments)
+        _check_depth(arguments, predictor)
         if arguments.video is not None:
             return _video(arguments, predictor)
         if arguments.inputs == ["-"]:
@@ -169,15 +181,28 @@ def _predictor(arguments: argparse.Namespace) -> Predictor:
             threads=arguments.threads,
             batch=arguments.batch,
             max_pixels=arguments.max_pixels,
+            disparity=not arguments.distance,
         )
     except ValueError as error:
         raise UsageError(error) from error
     height, width = predictor.size
     try:
-        predictor.run(torch.zeros(1, 3, height, width))
+        predictor.run(torch.zeros(1, predictor.channels, height, width))
     except (RuntimeError, ValueError) as error:
         raise WorkError(f"the network cannot run: {error}") from error
     return predictor
+
+
+def _check_depth(arguments: argparse.Namespace, predictor: Predictor) -> None:
+    """Depth maps are there exactly where the network takes them."""
+    if predictor.channels == 3:
+        for name in ("depth", "distance"):
+            if getattr(arguments, name):
+                raise UsageError(f"--{name} has no meaning: {arguments.weights} takes RGB alone")
+    elif arguments.video is not None or arguments.inputs == ["-"]:
+        raise UsageError(f"{arguments.weights} takes depth maps: pictures from files only")
+    elif arguments.depth is None:
+        raise UsageError(f"{arguments.weights} takes depth maps: --depth DIR is missing")
 
 
 def _say(arguments: argparse.Namespace, predictor: Predictor, what: str) -> None:
@@ -187,6 +212,7 @@ def _say(arguments: argparse.Namespace, predictor: Predictor, what: str) -> None
 def _files(arguments: argparse.Namespace, predictor: Predictor) -> int:
     from tqdm import tqdm
 
+    from ..jobs import add_depth
     from ..predict import check_writable, find_jobs, predict_files
 
     file_format = arguments.format or "png"
@@ -197,6 +223,12 @@ def _files(arguments: argparse.Namespace, predictor: Predictor) -> int:
     if not jobs and not failures:
         raise WorkError(f"no pictures found in {', '.join(arguments.inputs)}")
     total = len({*(job.source for job in jobs), *(failure.source for failure in failures)})
+    if arguments.depth is not None:
+        try:
+            jobs, lacking = add_depth(jobs, arguments.output, arguments.depth)
+        except ValueError as error:
+            raise WorkError(error) from error
+        failures += lacking
     what = f"{len(jobs)} {'picture' if len(jobs) == 1 else 'pictures'}"
     if arguments.skip_existing:
         count = len(jobs)

@@ -45,18 +45,23 @@ def draw(
     crop: float = 15 / 224,
     horizontal_flip: float = 0.5,
     vertical_flip: float = 0.0,
+    rotation: float = 0.0,
 ) -> np.ndarray:
     """The affine maps of a batch: (B, 2, 3) float32, as `torch.nn.functional.affine_grid` takes.
 
     crop: from each of the four sides, up to this part of the side is cut, uniformly.
-    horizontal_flip, vertical_flip: probabilities. Raises ValueError outside their ranges.
+    horizontal_flip, vertical_flip: probabilities. rotation: up to so many degrees either way,
+    uniformly, about the middle of what is cut out; what then lies outside of the picture repeats
+    its edge. Raises ValueError outside their ranges.
     """
     if not 0 <= crop < 0.5:
         raise ValueError(f"crop must be from 0 to under 0.5, got {crop}")
     for name, value in (("horizontal_flip", horizontal_flip), ("vertical_flip", vertical_flip)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be from 0 to 1, got {value}")
-    u = uniform(seed, epoch, indices, 6)
+    if not 0 <= rotation <= 180:
+        raise ValueError(f"rotation must be from 0 to 180 degrees, got {rotation}")
+    u = uniform(seed, epoch, indices, 11)  # columns 6 to 9 belong to `draw_colour`
     left, right, top, bottom = (crop * u[:, column] for column in range(4))
     theta = np.zeros((len(u), 2, 3))
     # Output -1 … 1 goes to the box's edges in the input's -1 … 1.
@@ -64,6 +69,10 @@ def draw(
     theta[:, 0, 2] = left - right
     theta[:, 1, 1] = (1 - top - bottom) * np.where(u[:, 5] < vertical_flip, -1, 1)
     theta[:, 1, 2] = top - bottom
+    if rotation:
+        angle = np.deg2rad(rotation * (2 * u[:, 10] - 1))
+        turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1)
+        theta[:, :, :2] = theta[:, :, :2] @ turn.reshape(-1, 2, 2)
     return theta.astype(np.float32)
 
 
@@ -110,25 +119,33 @@ def augment(
     mean: Sequence[float],
     std: Sequence[float],
     colour: np.ndarray | None = None,  # (B, 3) float32, from `draw_colour`
+    depths: Tensor | None = None,  # (B, S, S) uint8, 0 far … 255 near
 ) -> tuple[Tensor, Tensor]:
-    """Blur, brighten, crop, flip, resize (bilinear, no antialiasing) and normalise on the
+    """Blur, brighten, crop, flip, turn, resize (bilinear, no antialiasing) and normalise on the
     tensors' device.
 
-    Returns the network's input (B, 3, size, size) float32 and the truth (B, 1, size, size)
-    in 0–1, which is soft along edges.
+    mean, std: 3 values, or 4 where depth is wanted. Returns the network's input
+    (B, len(mean), size, size) float32 and the truth (B, 1, size, size) in 0–1, which is soft
+    along edges. Image, mask and depth move together; blur and brightness are the image's.
+    Raises ValueError for depth that is wanted and not there.
     """
-    both = torch.cat([images, masks[..., None]], dim=3).permute(0, 3, 1, 2)
+    if len(mean) == 4 and depths is None:
+        raise ValueError("the network takes depth maps, and these pictures have none")
+    parts = [images, masks[..., None]]
+    if len(mean) == 4 and depths is not None:
+        parts.insert(1, depths[..., None])
+    both = torch.cat(parts, dim=3).permute(0, 3, 1, 2)
     if colour is not None:
         both = both.to(torch.float32)
         factor, shift = torch.from_numpy(colour[:, 1:]).to(both.device).T.view(2, -1, 1, 1, 1)
         pictures = _blurred(both[:, :3], colour[:, 0]).mul_(factor).add_(shift).clamp_(0, 255)
         both = torch.cat([pictures, both[:, 3:]], dim=1)
-    grid = F.affine_grid(theta, [len(images), 4, size, size], align_corners=False)
+    grid = F.affine_grid(theta, [len(images), both.shape[1], size, size], align_corners=False)
     both = F.grid_sample(
         both.to(torch.float32), grid, "bilinear", padding_mode="border", align_corners=False
     ).div_(255)
-    x, truth = both[:, :3], both[:, 3:]
-    shape = (1, 3, 1, 1)
+    x, truth = both[:, :-1], both[:, -1:]
+    shape = (1, -1, 1, 1)
     centre = torch.tensor(mean, dtype=torch.float32, device=x.device).view(shape)
     spread = torch.tensor(std, dtype=torch.float32, device=x.device).view(shape)
     return ((x - centre) / spread).contiguous(), truth.contiguous()

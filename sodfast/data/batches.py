@@ -36,9 +36,10 @@ class Batches:
     """The training batches of one process.
 
     cache: decoded pairs. rows: which of them to train on. batch_size: of all processes
-    together. seed: of order and augmentation. mean, std: normalisation. crop, flips: see
-    `augment.draw`; blur, brightness: see `augment.draw_colour`. rank, world: this process and
-    how many there are; a process takes every world-th row of each batch.
+    together. seed: of order and augmentation. mean, std: normalisation of RGB, or of RGB and
+    depth, which the cache must hold then. crop, flips, rotation: see `augment.draw`; blur,
+    brightness: see `augment.draw_colour`. rank, world: this process and how many there are; a
+    process takes every world-th row of each batch.
     Raises ValueError where the batch does not divide, or there are too few rows for one.
 
     On a GPU the whole cache is put into its memory where it fits in half of what is free;
@@ -61,6 +62,7 @@ class Batches:
         world: int = 1,
         blur: float = 0.0,
         brightness: float = 0.0,
+        rotation: float = 0.0,
     ) -> None:
         if batch_size % world:
             raise ValueError(f"batch_size {batch_size} must be a multiple of {world} processes")
@@ -68,15 +70,20 @@ class Batches:
             raise ValueError(f"batch_size is {batch_size}, but there are {len(rows)} pairs only")
         self.cache, self.rows, self.batch_size, self.seed = cache, rows, batch_size, seed
         self.mean, self.std = mean, std
-        self.crop, self.flips = crop, (horizontal_flip, vertical_flip)
+        self.moves = (crop, horizontal_flip, vertical_flip, rotation)
         self.colours = (blur, brightness)
         self.device, self.rank, self.world = torch.device(device), rank, world
         self.labelled = batch_size // world  # how many of a batch have ground truth: all
         self.per_epoch = len(rows) // batch_size  # an incomplete last batch is left out
+        self._parts = [cache.images, cache.masks]
+        if len(mean) == 4:
+            if cache.depths is None:
+                raise ValueError("depth maps are wanted, and these pictures have none")
+            self._parts.append(cache.depths)
         self._order: tuple[int, np.ndarray] = (-1, rows)
         self._on_device = self._upload()
         self._pool = ThreadPoolExecutor(1)
-        self._next: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
+        self._next: tuple[int, Future[list[Tensor]]] | None = None
 
     def indices(self, number: int) -> tuple[int, np.ndarray]:
         """The epoch and the rows (of all processes) of batch `number`, counted from 0."""
@@ -90,48 +97,48 @@ class Batches:
         """The names of the pictures in batch `number`, of all processes."""
         return [self.cache.names[row] for row in self.indices(number)[1]]
 
+    def labelled_names(self, number: int) -> list[str]:
+        """Of batch `number` the names of this process's share with ground truth, in its order."""
+        return self.names(number)[self.rank :: self.world]
+
     def get(self, number: int, size: int) -> tuple[Tensor, Tensor]:
         """This process's share of batch `number`, augmented, on the device.
 
-        Returns (B, 3, size, size) float32, normalised, and the truth (B, 1, size, size) in 0–1.
+        Returns (B, len(mean), size, size) float32, normalised, and the truth
+        (B, 1, size, size) in 0–1.
         """
         epoch, rows = self.indices(number)
         mine = rows[self.rank :: self.world]
-        images, masks = self._rows(number, mine)
-        theta = draw(self.seed, epoch, mine, self.crop, *self.flips)
+        images, masks, *depths = self._rows(number, mine)
+        theta = draw(self.seed, epoch, mine, *self.moves)
         moved = torch.from_numpy(theta).to(self.device)
         colour = draw_colour(self.seed, epoch, mine, *self.colours) if any(self.colours) else None
-        batch = augment(images, masks, moved, size, self.mean, self.std, colour)
+        depth = depths[0] if depths else None
+        batch = augment(images, masks, moved, size, self.mean, self.std, colour, depth)
         self._prefetch(number + 1)
         return batch
 
-    def _upload(self) -> tuple[Tensor, Tensor] | None:
+    def _upload(self) -> list[Tensor] | None:
         if self.device.type != "cuda":
             return None
-        needed = self.cache.images.size + self.cache.masks.size
+        needed = sum(part.size for part in self._parts)
         if needed > torch.cuda.mem_get_info(self.device)[0] // 2:
             return None
-        both = (self.cache.images, self.cache.masks)
-        images, masks = (torch.from_numpy(np.asarray(part)).to(self.device) for part in both)
-        return images, masks
+        return [torch.from_numpy(np.asarray(part)).to(self.device) for part in self._parts]
 
-    def _rows(self, number: int, mine: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _rows(self, number: int, mine: np.ndarray) -> list[Tensor]:
         if self._on_device is not None:
             where = torch.from_numpy(mine).to(self.device)
-            return self._on_device[0][where], self._on_device[1][where]
+            return [part[where] for part in self._on_device]
         if self._next is not None and self._next[0] == number:
             return self._next[1].result()
         return self._fetch(mine)
 
-    def _fetch(self, mine: np.ndarray) -> tuple[Tensor, Tensor]:
-        images = torch.from_numpy(self.cache.images[mine])
-        masks = torch.from_numpy(self.cache.masks[mine])
+    def _fetch(self, mine: np.ndarray) -> list[Tensor]:
+        fetched = [torch.from_numpy(part[mine]) for part in self._parts]
         if self.device.type == "cuda":
-            images, masks = images.pin_memory(), masks.pin_memory()
-        return (
-            images.to(self.device, non_blocking=True),
-            masks.to(self.device, non_blocking=True),
-        )
+            fetched = [part.pin_memory() for part in fetched]
+        return [part.to(self.device, non_blocking=True) for part in fetched]
 
     def _prefetch(self, number: int) -> None:
         if self._on_device is None:

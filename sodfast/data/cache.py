@@ -8,19 +8,23 @@ that it had then.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..preprocess import read_image
+from ..preprocess import check_depth, read_image
 from ..weights import atomic_write
 from .folders import Pair, Unlabelled, find_data, find_images
+from .grey import read_depth
 
 __all__ = ["BadPairs", "Cache", "build_cache", "default_folder", "open_data", "open_images"]
 
@@ -44,7 +48,8 @@ class BadPairs(ValueError):
 @dataclass(frozen=True)
 class Cache:
     """Decoded pairs. images (N, S, S, 3) uint8 RGB, masks (N, S, S) uint8 0–255 (0 where there
-    is no ground truth), both memory maps; names: N stems, in the order of the rows; bad: name
+    is no ground truth), both memory maps; depths: (N, S, S) uint8, 0 far … 255 near, of pairs with
+    depth maps, else None; names: N stems, in the order of the rows; bad: name
     to reason for pairs left out; place: the files' common path without ending."""
 
     images: np.ndarray
@@ -52,6 +57,7 @@ class Cache:
     names: list[str]
     bad: dict[str, str]
     place: Path
+    depths: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -77,14 +83,17 @@ def build_cache(
     workers: int | None = None,
     skip_bad: bool = False,
     progress: bool = True,
+    disparity: bool = True,
 ) -> Cache:
     """Opens the cache of `pairs` at `size`, building it first where it is missing or stale.
 
     pairs: from `find_pairs` or `find_images`. size: side of the squares in pixels; pictures are
     squeezed to them as the network's preprocessing does (bilinear, without antialiasing).
     folder: where caches live; None takes `default_folder()`. workers: decoding threads, None:
-    all cores. skip_bad: leave out pairs that cannot be decoded or whose sizes differ, instead
-    of refusing. Raises BadPairs (a ValueError) that lists them, OSError when the disk is full.
+    all cores. skip_bad: leave out pairs that cannot be decoded, whose sizes differ or whose
+    depth map is constant, instead of refusing. disparity: what the depth maps are, where the
+    pairs have any; see `grey.read_depth`. Raises BadPairs (a
+    ValueError) that lists them, OSError when the disk is full.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
@@ -92,14 +101,19 @@ def build_cache(
         raise ValueError("pairs must not be empty")
     folder = Path(folder) if folder is not None else default_folder()
     signature = [_stamp(pair) for pair in pairs]
-    places = json.dumps([_FORMAT, size, sorted(str(pair.image.absolute()) for pair in pairs)])
+    described: list[Any] = [_FORMAT, size, sorted(str(pair.image.absolute()) for pair in pairs)]
     kind = "pairs" if pairs[0].mask is not None else "images"
+    with_depth = pairs[0].depth is not None
+    if with_depth:
+        described += ["disparity" if disparity else "distance"]
+        kind = "depth"
+    places = json.dumps(described)
     place = folder / f"{kind}-{size}-{hashlib.sha256(places.encode()).hexdigest()[:16]}"
-    cache = _open(place, signature, size)
+    cache = _open(place, signature, size, with_depth)
     if cache is None:
         folder.mkdir(parents=True, exist_ok=True)
-        _build(place, pairs, signature, size, workers, progress)
-        cache = _open(place, signature, size)
+        _build(place, pairs, signature, size, workers, progress, with_depth, disparity)
+        cache = _open(place, signature, size, with_depth)
         if cache is None:
             raise OSError(f"{place}: the cache changed while it was built")
     if cache.bad and not skip_bad:
@@ -115,18 +129,22 @@ def open_data(
     folder: str | os.PathLike[str] | None = None,
     skip_bad: bool = False,
     progress: bool = True,
+    depth: bool = False,
+    disparity: bool = True,
 ) -> Cache:
     """The cache of all pairs that `folders.find_data` finds in `source`.
 
-    Other arguments as of `build_cache`. Raises ValueError that lists files without a partner
-    and bad pairs (unless skip_bad), and what `find_data` raises.
+    depth: with depth maps. Other arguments as of `build_cache`. Raises
+    ValueError that lists files without a partner and bad pairs (unless skip_bad), and what
+    `find_data` raises.
     """
-    found = find_data(source)
+    found = find_data(source, depth=depth)
     if found.problems and not skip_bad:
         listed = "\n  ".join(found.problems[:20])
         more = f"\n  and {len(found.problems) - 20} more" if found.problems[20:] else ""
-        raise ValueError(f"{source}: images and masks do not match:\n  {listed}{more}")
-    cache = build_cache(found.pairs, size, folder, None, skip_bad, progress)
+        partners = "masks or depth maps" if depth else "masks"
+        raise ValueError(f"{source}: images and {partners} do not match:\n  {listed}{more}")
+    cache = build_cache(found.pairs, size, folder, None, skip_bad, progress, disparity)
     if found.problems:
         return replace(cache, bad={**cache.bad, **dict.fromkeys(found.problems, "left out")})
     return cache
@@ -148,14 +166,16 @@ def open_images(
 
 def _stamp(pair: Pair | Unlabelled) -> list[str | int]:
     stamp: list[str | int] = [pair.name]
-    for path in (pair.image, pair.mask):
+    for path in (pair.image, pair.mask, pair.depth):
         if path is not None:
             status = path.stat()
             stamp += [status.st_size, status.st_mtime_ns]
     return stamp
 
 
-def _open(place: Path, signature: list[list[str | int]], size: int) -> Cache | None:
+def _open(
+    place: Path, signature: list[list[str | int]], size: int, with_depth: bool
+) -> Cache | None:
     """The cache at `place`, or None where it is missing, of other files, or incomplete."""
     try:
         index = json.loads((place.with_suffix(".json")).read_text(encoding="utf-8"))
@@ -166,21 +186,29 @@ def _open(place: Path, signature: list[list[str | int]], size: int) -> Cache | N
         # The name carries the content's hash of stamps, so that a rebuild never changes a file
         # that another process has mapped.
         stem = index["stem"]
-        images, masks = (place.with_name(f"{stem}.{kind}") for kind in ("images", "masks"))
-        if images.stat().st_size != count * size * size * 3:
-            return None
-        if masks.stat().st_size != count * size * size:
-            return None
+        files = {kind: place.with_name(f"{stem}.{kind}") for kind in _kinds(with_depth)}
+        shapes = {kind: (count, size, size) + ((3,) if kind == "images" else ()) for kind in files}
+        for kind, path in files.items():
+            if path.stat().st_size != math.prod(shapes[kind]):
+                return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     keep = np.array([entry[0] not in bad for entry in signature])
-    image_map = np.memmap(images, np.uint8, "r", shape=(count, size, size, 3))
-    mask_map = np.memmap(masks, np.uint8, "r", shape=(count, size, size))
+    maps: dict[str, np.ndarray] = {
+        kind: np.memmap(path, np.uint8, "r", shape=shapes[kind]) for kind, path in files.items()
+    }
     names = [str(entry[0]) for entry in signature]
     if bad:  # rare: a copy in memory without the bad rows is simplest
         names = [name for name in names if name not in bad]
-        return Cache(image_map[keep], mask_map[keep], names, bad, place.with_name(stem))
-    return Cache(image_map, mask_map, names, bad, place.with_name(stem))
+        maps = {kind: whole[keep] for kind, whole in maps.items()}
+    return Cache(
+        maps["images"], maps["masks"], names, bad, place.with_name(stem), maps.get("depths")
+    )
+
+
+def _kinds(with_depth: bool) -> tuple[str, ...]:
+    """The files of a cache, by their endings."""
+    return ("images", "masks", "depths") if with_depth else ("images", "masks")
 
 
 def _build(
@@ -190,30 +218,33 @@ def _build(
     size: int,
     workers: int | None,
     progress: bool,
+    with_depth: bool,
+    disparity: bool,
 ) -> None:
     from tqdm import tqdm
 
     stem = f"{place.name}-{hashlib.sha256(json.dumps(signature).encode()).hexdigest()[:8]}"
     count, bad = len(pairs), {}
     rows = size * size
-    with (
-        atomic_write(place.with_name(f"{stem}.images")) as image_file,
-        atomic_write(place.with_name(f"{stem}.masks")) as mask_file,
-        ThreadPoolExecutor(workers or os.cpu_count()) as pool,
-    ):
-        image_file.truncate(count * rows * 3)
-        mask_file.truncate(count * rows)
+    with contextlib.ExitStack() as stack:
+        files = [
+            stack.enter_context(atomic_write(place.with_name(f"{stem}.{kind}")))
+            for kind in _kinds(with_depth)
+        ]
+        pool = stack.enter_context(ThreadPoolExecutor(workers or os.cpu_count()))
+        for file, channels in zip(files, (3, 1, 1)):
+            file.truncate(count * rows * channels)
 
         def decode(number: int) -> None:
             try:
-                image, mask = _decode(pairs[number], size)
+                parts = _decode(pairs[number], size, disparity)
             except (OSError, ValueError) as error:
                 bad[pairs[number].name] = " ".join(str(error).split())[:200]
                 return
             # Written, not mapped: a full disk is then an error, where a map would crash.
-            _write(image_file.fileno(), image, number * rows * 3)
-            if mask is not None:
-                _write(mask_file.fileno(), mask, number * rows)
+            for file, part in zip(files, parts):
+                if part is not None:
+                    _write(file.fileno(), part, number * part.size)
 
         jobs = pool.map(decode, range(count))
         for _ in tqdm(jobs, total=count, unit="pair", desc="decode", disable=not progress or None):
@@ -230,18 +261,30 @@ def _write(descriptor: int, array: np.ndarray, offset: int) -> None:
         data, offset = data[done:], offset + done
 
 
-def _decode(pair: Pair | Unlabelled, size: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """(S, S, 3) and (S, S) uint8. Raises ValueError or OSError that says what is wrong."""
+def _decode(
+    pair: Pair | Unlabelled, size: int, disparity: bool
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Image (S, S, 3), mask and depth (S, S) uint8; None for what the pair has not.
+
+    Raises ValueError or OSError that says what is wrong.
+    """
     image = read_image(pair.image)
     if pair.mask is None:
-        return _squeeze(image, size), None
+        return _squeeze(image, size), None, None
     mask = read_image(pair.mask)[:, :, 0]
     if image.shape[:2] != mask.shape:
         raise ValueError(
             f"the image is {image.shape[1]}x{image.shape[0]}, "
             f"the mask {mask.shape[1]}x{mask.shape[0]}"
         )
-    return _squeeze(image, size), _squeeze(mask[:, :, None], size)[:, :, 0]
+    depth = None
+    if pair.depth is not None:
+        depth = read_depth(pair.depth, disparity)
+        check_depth(depth, image)
+        if not np.ptp(depth):
+            raise ValueError(f"the depth map is constant ({depth.flat[0]} of 255)")
+        depth = _squeeze(depth[:, :, None], size)[:, :, 0]
+    return _squeeze(image, size), _squeeze(mask[:, :, None], size)[:, :, 0], depth
 
 
 def _squeeze(array: np.ndarray, size: int) -> np.ndarray:

@@ -7,18 +7,20 @@ What is understood, in any mixture of upper and lower case::
     DUT-OMRON-image/ pixelwiseGT-new-PNG/
     imgs/pascal/ masks/pascal/              PASCAL-S: folders below keep their names
     Imgs/0001.jpg Imgs/0001.png             MSRA10K, SOD: side by side, in a folder or right here
-    RGB/ GT/ depth/                         RGB-D sets
+    RGB/ GT/ depth/                         RGB-D sets: NJU2K, NLPR, SIP, DES (RGBD135), LFSD,
+                                            STERE, also left/ or LI/, Depth_maps/, disparity/
 
 A folder that holds nothing but one other folder (as archives unpack) is looked through. A
 picture and its mask share the name up to the ending; a mask may add ``_mask`` or ``_gt``, a
-depth map ``_depth``. A text file can name a part of a folder, see `find_data`.
+depth map ``_depth``, a picture ``_left`` or ``_rgb``. A text file can
+name a part of a folder, see `find_data`.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +29,7 @@ __all__ = [
     "Pair",
     "Unlabelled",
     "find_data",
+    "find_depth",
     "find_images",
     "find_pairs",
     "find_truths",
@@ -41,13 +44,14 @@ _ENDINGS = frozenset(".jpg .jpeg .jpe .png .webp .bmp .tif .tiff .gif .ppm .pgm 
 _LOSSLESS = frozenset(".png .bmp .gif .pgm .pbm .tif .tiff".split())
 # Subfolders by what they hold; compared in lower case, - and blanks as _.
 _ROLES = {
-    "image": re.compile(r"(.*_)?(images?|imgs?|img|photos?|pictures?)|rgb(_left)?|left"),
+    "image": re.compile(r"(.*_)?(images?|imgs?|img|photos?|pictures?)|rgb(_left)?|left|li"),
     "mask": re.compile(
         r"(.*_)?(masks?|gts?|ground_?truths?)|ground_?truth_masks?|pixelwisegt.*|.*_gt_pixelwise"
     ),
-    "depth": re.compile(r"(.*_)?depths?(_maps?)?"),
+    "depth": re.compile(r"(.*_)?(raw|smoothed)?(depths?|disparit(y|ies))(_?maps?)?"),
 }
-_TAILS = {"mask": ("_mask", "-mask", "_gt", "-gt"), "depth": ("_depth", "-depth")}
+_TAILS = {"mask": ("_mask", "-mask", "_gt", "-gt"), "depth": ("_depth", "-depth", "_disparity")}
+_IMAGE_TAILS = ("_left", "-left", "_rgb", "-rgb")  # of pictures whose partners lack them
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Unlabelled:
     name: str
     image: Path
     mask: None = None
+    depth: None = None
 
 
 @dataclass(frozen=True)
@@ -235,7 +240,8 @@ def _layout(root: Path) -> dict[str, Path] | None:
                 f"{root}: more than one folder of {role}s ({listed}); "
                 "keep one of them here, or give a list of pairs"
             )
-    places = {role: paths[0] for role, paths in by_role.items()}
+    # Some sets have the sensor's map and a smoothed one: the plainest name counts, "depth".
+    places = {role: min(paths, key=lambda p: len(p.name)) for role, paths in by_role.items()}
     if "image" in places and "mask" in places:
         return places
     for place in (root, *([places["image"]] if "image" in places else [])):
@@ -320,13 +326,26 @@ def _collect(root: Path, places: dict[str, Path], depth: bool) -> DataFolder:
 
 
 def _partner(name: str, role: str, files: dict[str, Path]) -> Path | None:
-    if name in files:
-        return files[name]
-    for tail in _TAILS[role]:
-        for candidate in (name + tail, name + tail.upper(), name + tail.title()):
-            if candidate in files:
-                return files[candidate]
+    names = [name]
+    names += [name[: -len(tail)] for tail in _IMAGE_TAILS if name.lower().endswith(tail)]
+    for one in names:
+        for tail in ("", *_TAILS[role]):
+            for candidate in (one + tail, one + tail.upper(), one + tail.title()):
+                if candidate in files:
+                    return files[candidate]
     return None
+
+
+def find_depth(folder: str | os.PathLike[str]) -> Callable[[str], Path | None]:
+    """Depth maps by the picture's name: a function that returns the file, or None.
+
+    folder: with everything below it; names match as in a data set ("a/1" and a/1_depth.png).
+    Raises FileNotFoundError, and ValueError where there is no picture in it.
+    """
+    files = dict(picture_files(folder))
+    if not files:
+        raise ValueError(f"no depth maps found in {folder}")
+    return lambda name: _partner(name, "depth", files)
 
 
 def _show(path: Path, root: Path) -> str:

@@ -1,4 +1,4 @@
-"""Masks and saliency maps from files: one grey channel of 8 bits."""
+"""Masks, saliency maps and depth maps from files: one grey channel of 8 bits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from ..pictures import read_image
 
-__all__ = ["read_grey"]
+__all__ = ["read_depth", "read_grey"]
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
@@ -34,3 +34,31 @@ def read_grey(path: str | os.PathLike[str]) -> np.ndarray:
     if np.ptp(rgb.astype(np.int16), axis=2).max() > 0:
         raise ValueError("a picture in colours, where a mask or a map is grey")
     return np.ascontiguousarray(rgb[:, :, 0])
+
+
+def read_depth(path: str | os.PathLike[str], disparity: bool = True) -> np.ndarray:
+    """A depth map as (H, W) uint8: 0 far … 255 near.
+
+    disparity: the file's larger values are nearer, as in the usual data sets; False: they are
+    distances. 8 bits are taken as they are. Of wider files the unit is unknown, and often a small
+    part of the range is used: least and greatest value become 1 and 255, and 0, which sensors
+    write where they measured nothing, stays 0 (far) in either case. A constant map stays one.
+    Errors as of `read_grey`, and ValueError for values that are not finite.
+    """
+    from PIL import Image, TiffImagePlugin  # noqa: F401
+
+    with Image.open(path, formats=_FORMATS) as image:
+        wide = image.mode in ("I", "F") or image.mode.startswith("I;16")
+        values = np.asarray(image) if wide else None
+    if values is None:
+        grey = read_grey(path)
+        return grey if disparity else 255 - grey
+    numbers = values.astype(np.float64)
+    if not np.isfinite(numbers).all():
+        raise ValueError("the depth map holds NaN or infinite values")
+    measured = numbers != 0
+    low, high = (numbers[measured].min(), numbers[measured].max()) if measured.any() else (0, 0)
+    part = (numbers - low) / (high - low) if high > low else np.zeros_like(numbers)
+    if not disparity and high > low:
+        part = 1 - part
+    return np.where(measured, np.rint(1 + 254 * part), 0).astype(np.uint8)

@@ -5,11 +5,13 @@ from .csf import CSF
 from .csnet import CSNet
 from .encoder_weights import load_encoder_weights
 from .extractor import Extractor, Vanilla
+from .fpn import FPN
 from .registry import create_model, list_models
 from .scfnet import SCFNet, SCFNetBase
 
 __all__ = [
     "CSF",
+    "FPN",
     "CSNet",
     "Extractor",
     "SCFNet",

@@ -1,6 +1,5 @@
 """CSF: the cross-stage fusion on large encoders (ECCV table 2, TPAMI table 7)."""
 
-import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from sodfast.nn.layers import Channels, Scales, channel_tuple, scale_list
 
 from .csnet import bank_channels, check_fusion
 from .encoder_weights import load_encoder_weights
-from .image import PREPROCESSING, check_image
+from .image import PREPROCESSING, check_image, preprocessing_for
 from .res2net import Res2Net50
 from .resnet import ENCODER_CHANNELS, ResNet50
 
@@ -83,7 +82,8 @@ class CSF(nn.Module):
         if norm not in ("batch", "group"):
             raise ValueError(f"norm must be 'batch' or 'group', not {norm!r}")
         channels = csf_channels() if channels is None else _checked(channels)
-        self.preprocessing: dict[str, Any] = {**copy.deepcopy(PREPROCESSING), "size": [SIZE, SIZE]}
+        self.preprocessing: dict[str, Any] = preprocessing_for(PREPROCESSING, in_channels)
+        self.preprocessing["size"] = [SIZE, SIZE]
         self.config: dict[str, Any] = {
             "encoder": encoder,
             "in_channels": in_channels,

@@ -1,6 +1,5 @@
 """CSNet: salient object detection with 100K parameters (ECCV 2020, TPAMI 2021)."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from sodfast.nn import CrossStageFusion, GOctConv, ILBlock
 from sodfast.nn.blocks import DILATIONS
 
-from .image import PREPROCESSING, check_image
+from .image import PREPROCESSING, check_image, preprocessing_for
 
 BASE_CHANNELS = 20  # stage 0 and 1 at width 1, both scales together
 MULTIPLES = (1, 1, 2, 4, 4)  # of the base channels, per stage
@@ -27,7 +26,7 @@ class CSNet(nn.Module):
         width: scales every unpruned channel count; the papers' ×k.
         split: high : low resolution channels in every block, for example (1, 0), (3, 1),
             (1, 1), (1, 3) or (0, 1).
-        in_channels: of the image.
+        in_channels: of the image; 4: RGB and depth.
         channels: an explicit configuration (what pruning yields) instead of width and split:
             ``{"stages": [[[8, 10]], [[9, 10], …], …], "fuse": [12, 24, 24],
             "bank": [[1, 2, 2, 2, 4], …], "merge": 60}`` with five stages of blocks, per block
@@ -68,7 +67,7 @@ class CSNet(nn.Module):
             )
         self.fused_stages = _checked_stages(fused_stages)
         channels = _checked(channels, self.fused_stages)
-        self.preprocessing: dict[str, Any] = copy.deepcopy(PREPROCESSING)
+        self.preprocessing: dict[str, Any] = preprocessing_for(PREPROCESSING, in_channels)
         # Width and split are resolved into channels here, so that the file says what it holds.
         self.config: dict[str, Any] = {
             "in_channels": in_channels,

@@ -23,7 +23,12 @@ _OPTIONAL = ("num_batches_tracked", "hidden_states_norms", "relative_position_in
 logger = logging.getLogger(__name__)
 
 
-def load_encoder_weights(encoder: nn.Module, path: str | os.PathLike[str]) -> list[str]:
+DEPTH_KERNELS = ("mean", "zero", "random")
+
+
+def load_encoder_weights(
+    encoder: nn.Module, path: str | os.PathLike[str], depth_kernel: str = "mean"
+) -> list[str]:
     """Fill an encoder with pretrained weights, all of them or none.
 
     Args:
@@ -44,6 +49,10 @@ def load_encoder_weights(encoder: nn.Module, path: str | os.PathLike[str]) -> li
               :class:`~sodfast.models.mobilenet_v3.MobileNetV3Large`;
             - a backbone of transformers: transformers, of the backbone or the classifier.
 
+        depth_kernel: what an encoder of four input channels gets in the fourth, depth, when the
+            file is for RGB: the "mean" of the RGB kernels, "zero" (at first it does as the file's
+            encoder does), or "random" (it stays as it was initialised).
+
     Returns:
         The names that were left out: the classifier's, which an encoder does not have. They
         are logged too. Batch counters, which some files lack, are not used here and start at
@@ -51,11 +60,13 @@ def load_encoder_weights(encoder: nn.Module, path: str | os.PathLike[str]) -> li
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file cannot be read, or is not exactly this encoder: the message lists
-            what is missing, what is unexpected and what has another shape. The encoder is then
-            unchanged.
+        ValueError: an unknown depth_kernel; or the file cannot be read, or is not exactly this
+            encoder: the message lists what is missing, what is unexpected and what has another
+            shape. The encoder is then unchanged.
     """
     path = Path(path)
+    if depth_kernel not in DEPTH_KERNELS:
+        raise ValueError(f"depth_kernel must be {', '.join(DEPTH_KERNELS)}, not {depth_kernel!r}")
     given = _read(path)
     dropped = surplus(encoder, given)
     state = {name: tensor for name, tensor in given.items() if name not in dropped}
@@ -76,6 +87,8 @@ def load_encoder_weights(encoder: nn.Module, path: str | os.PathLike[str]) -> li
     wrong = []
     for name, ours in wanted.items():
         tensor = state.get(theirs[name])
+        if tensor is not None and _lacks_depth(tensor, ours):
+            tensor = _with_depth(tensor, ours, depth_kernel)
         if tensor is None:
             # Or already a problem.
             ready[name] = torch.zeros_like(ours) if name.endswith(_OPTIONAL[0]) else ours
@@ -93,6 +106,20 @@ def load_encoder_weights(encoder: nn.Module, path: str | os.PathLike[str]) -> li
     if dropped:
         logger.info("%s: the classifier is left out: %s", path, ", ".join(dropped))
     return dropped
+
+
+def _lacks_depth(tensor: Tensor, ours: Tensor) -> bool:
+    """Whether this is the first convolution, of RGB in the file and of RGB and depth here."""
+    if tensor.dim() != 4 or ours.dim() != 4 or (tensor.shape[1], ours.shape[1]) != (3, 4):
+        return False
+    return tensor.shape[0] == ours.shape[0] and tensor.shape[2:] == ours.shape[2:]
+
+
+def _with_depth(tensor: Tensor, ours: Tensor, kernel: str) -> Tensor:
+    if kernel == "mean":
+        return torch.cat([tensor, tensor.mean(1, keepdim=True)], 1)
+    depth = ours[:, 3:].to(tensor)
+    return torch.cat([tensor, torch.zeros_like(depth) if kernel == "zero" else depth], 1)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

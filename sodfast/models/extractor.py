@@ -1,6 +1,5 @@
 """CSNet's feature extractor alone, of ILBlocks or of OctConv throughout (TPAMI table 6)."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from sodfast.nn import GOctConv, ILBlock
 
 from .csnet import SIZE_MULTIPLE, check_stages, make_stages, stage_channels
-from .image import PREPROCESSING, check_image
+from .image import PREPROCESSING, check_image, preprocessing_for
 
 
 class OctConvBlock(ILBlock):
@@ -80,7 +79,7 @@ class Extractor(nn.Module):
         if set(channels) != {"stages"}:
             raise ValueError(f"channels must have stages alone, not {', '.join(sorted(channels))}")
         stages = check_stages(channels["stages"], one_scale=(4,))
-        self.preprocessing: dict[str, Any] = copy.deepcopy(PREPROCESSING)
+        self.preprocessing: dict[str, Any] = preprocessing_for(PREPROCESSING, in_channels)
         self.config: dict[str, Any] = {
             "in_channels": in_channels,
             "channels": {"stages": stages},

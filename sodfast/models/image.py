@@ -1,5 +1,6 @@
 """What the networks ask of an image: its preprocessing, its shape."""
 
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,18 @@ PREPROCESSING: dict[str, Any] = {
     "std": [0.229, 0.224, 0.225],
     "resample": "bilinear",
 }
+
+
+def preprocessing_for(base: dict[str, Any], in_channels: int) -> dict[str, Any]:
+    """A copy of a preprocessing dictionary for RGB, extended by depth where there are 4 channels.
+
+    Depth is a number in 0–1, 1 near, and stays as it is (mean 0, standard deviation 1).
+    """
+    own = copy.deepcopy(base)
+    if in_channels == 4:
+        own["mean"].append(0.0)
+        own["std"].append(1.0)
+    return own
 
 
 def check_image(image: Tensor, channels: int, multiple: int) -> None:

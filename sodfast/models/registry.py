@@ -9,10 +9,11 @@ from torch import nn
 from .csf import CSF
 from .csnet import FUSED_CHOICES, FUSED_STAGES, CSNet
 from .extractor import Extractor, Vanilla
+from .fpn import FPN
 from .scfnet import SCFNet, SCFNetBase
 
 _MODELS: dict[str, type[nn.Module]] = {
-    model.name: model for model in (CSNet, Extractor, Vanilla, CSF, SCFNet, SCFNetBase)
+    model.name: model for model in (CSNet, Extractor, Vanilla, CSF, SCFNet, SCFNetBase, FPN)
 }
 
 _SPLITS = ((1, 0), (3, 1), (1, 1), (1, 3), (0, 1))
@@ -30,6 +31,9 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("scfnet", {"encoder": "resnet50"}),
     ("scfnet", {"encoder": "vgg16"}),
     ("scfnet-base", {"encoder": "mobilenet_v3_large_050"}),
+    ("fpn-rgbd", {"encoder": "vgg16"}),
+    ("fpn-rgbd", {"encoder": "vgg19"}),
+    ("fpn-rgbd", {"encoder": "vgg19", "teacher": True}),
 )
 
 

@@ -1,6 +1,5 @@
 """SCFNet: encoder and decoder of KD-SCFNet, and the plain decoder of its ablation."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from sodfast.nn.scfm import SCFM, ConvBNReLU, init_decoder
 
 from .encoder_weights import load_encoder_weights
 from .encoders import make_encoder
-from .image import check_image
+from .image import check_image, preprocessing_for
 
 SIZE_MULTIPLE = 32  # the last feature's resolution is a 32nd of the input's
 DILATION = 5  # of the deepest feature's second convolution
@@ -41,7 +40,7 @@ class _EncoderDecoder(nn.Module):
         self.encoder_channels: tuple[int, ...] = self.encoder.channels  # type: ignore[assignment]
         if encoder_weights is not None:
             load_encoder_weights(self.encoder, encoder_weights)
-        self.preprocessing: dict[str, Any] = copy.deepcopy(PREPROCESSING)
+        self.preprocessing: dict[str, Any] = preprocessing_for(PREPROCESSING, in_channels)
         self.config: dict[str, Any] = {
             "encoder": encoder,
             "encoder_config": dict(encoder_config or {}),
