@@ -92,7 +92,7 @@ def main() -> None:
             place[ARMS[1]],
             lambda: distill(both, teacher, unlabelled, place[ARMS[1]], labelled, **options),  # noqa: B023
         )
-        report(out, arguments, teacher, first.size, seed - first.seed + 1)
+        report(out, arguments, teacher, seed - first.seed + 1)
     draw(out, arguments.val, teacher, first.seed)
     print((out / "table.md").read_text(encoding="utf-8"))
 
@@ -124,10 +124,8 @@ def once(place: Path, run: Callable[[], Any]) -> None:
         run()
 
 
-def report(out: Path, arguments: argparse.Namespace, teacher: Path, size: int, seeds: int) -> None:
+def report(out: Path, arguments: argparse.Namespace, teacher: Path, seeds: int) -> None:
     """table.json and table.md of the seeds that are done."""
-    cache = open_data(arguments.val, size, arguments.cache)
-    every = np.arange(len(cache))
     first = load_recipe("kd-csnet", arguments.set).seed
     runs = [("teacher", 0, teacher, out / "teacher")]
     for seed in range(first, first + seeds):
@@ -141,8 +139,11 @@ def report(out: Path, arguments: argparse.Namespace, teacher: Path, size: int, s
     for arm, seed, weights, place in runs:
         if (arm, seed) not in known:
             model = load(weights)
+            side = int(model.preprocessing["size"][0])  # type: ignore[index]
+            cache = open_data(arguments.val, side, arguments.cache)
             row: dict[str, Any] = {"arm": arm, "seed": seed, "params": count(model)["params"]}
-            row.update(validate(model, cache, every, size))
+            row["size"], row["pairs"] = side, len(cache)
+            row.update(validate(model, cache, np.arange(len(cache)), side))
             steps = read_log(place, "step") if place.is_dir() else []
             if len(steps) > 1:
                 spent = steps[-1]["seconds"] - steps[0]["seconds"]
@@ -151,22 +152,22 @@ def report(out: Path, arguments: argparse.Namespace, teacher: Path, size: int, s
             known[arm, seed] = row
         rows.append(known[arm, seed])
     lines = [
-        f"Trained at {time.strftime('%Y-%m-%d')} at {size} × {size}; {len(cache)} pairs scored "
-        "(SalMetric convention, at the networks' size).",
+        f"{time.strftime('%Y-%m-%d')}; {rows[0]['pairs']} pairs scored (SalMetric convention, at "
+        "each network's size).",
         "",
-        "| | seed | parameters | steps | s per step | max-F | MAE |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | seed | parameters | size | steps | s per step | max-F | MAE |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
+        pace = f"{row['seconds_per_step']:.3f}" if "seconds_per_step" in row else ""
         lines.append(
-            f"| {row['arm']} | {row['seed'] or ''} | {row['params']:,} | {row.get('steps', '')} | "
-            f"{row.get('seconds_per_step', float('nan')):.3f} | {row['max_f']:.4f} | "
-            f"{row['mae']:.4f} |"
+            f"| {row['arm']} | {row['seed'] or ''} | {row['params']:,} | {row['size']} | "
+            f"{row.get('steps', '')} | {pace} | {row['max_f']:.4f} | {row['mae']:.4f} |"
         )
     for arm in ARMS:
         own = [row for row in rows if row["arm"] == arm]
         means = [statistics.fmean(row[name] for row in own) for name in ("max_f", "mae")]
-        lines.append(f"| **{arm}** | mean | | | | {means[0]:.4f} | {means[1]:.4f} |")
+        lines.append(f"| **{arm}** | mean | | | | | {means[0]:.4f} | {means[1]:.4f} |")
     for name, text in (("table.md", "\n".join(lines)), ("table.json", json.dumps(rows, indent=1))):
         with atomic_write(out / name) as file:
             file.write(text.encode() + b"\n")
