@@ -233,6 +233,18 @@ inline Vec<T> prelu(Vec<T> x, Vec<T> slope) {
   return where_greater(x, Vec<T>(T(0)), x, x * slope);
 }
 
+// NaN stays NaN in both.
+template <class T>
+inline Vec<T> relu(Vec<T> x) {
+  return where_greater(Vec<T>(T(0)), x, Vec<T>(T(0)), x);
+}
+// x · min(max(x + 3, 0), 6) / 6
+template <class T>
+inline Vec<T> hardswish(Vec<T> x) {
+  const Vec<T> zero(T(0)), one(T(1)), gate = fma(x, Vec<T>(T(1) / 6), Vec<T>(T(0.5)));
+  return x * where_greater(zero, gate, zero, where_greater(gate, one, one, gate));
+}
+
 // The lanes p[index[0]], p[index[1]], …; each index is below `lanes`, and a whole vector at p is readable.
 #if defined(__AVX512VL__)
 inline Vec<float> permute(const float* p, const int32_t* index) {

@@ -103,6 +103,18 @@ inline void conv_rows(const RowConv<float>& conv, int64_t in_pitch, int64_t in_r
   conv_vectors(conv, places, n);
 }
 
+// Convolves whole vectors from column `begin` to `end` of one long row.
+inline void conv_span(const RowConv<float>& conv, int64_t begin, int64_t end) {
+  constexpr int64_t L = Vec<float>::lanes, most_places = 240;
+  Place places[most_places];
+  int64_t n = 0;
+  for (int64_t x = begin; x < end; x += L) {
+    places[n++] = {x, x, L};
+    if (n == most_places) conv_vectors(conv, places, n), n = 0;
+  }
+  conv_vectors(conv, places, n);
+}
+
 }  // namespace
 }  // namespace SODFAST_ISA
 }  // namespace sodfast
