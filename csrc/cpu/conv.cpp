@@ -65,21 +65,20 @@ class Rows {
   void fill(int64_t c, int64_t y, float* row, const Window& window, float* line) const {
     const float* x = in_.data + c * in_.plane + y * in_.pitch;
     if (step_.stride == 2) {
-      split_pairs(x, row, row + half_, in_.cols / 2);
-      std::memset(row + in_.cols / 2, 0, (half_ - in_.cols / 2) * sizeof(float));
-      std::memset(row + half_ + in_.cols / 2, 0, (half_ - in_.cols / 2) * sizeof(float));
+      if (y + 4 < in_.rows) prefetch_row(x + 4 * in_.pitch, in_.cols);
+      pad_split_row(x, in_.cols / 2, row, half_);
       return;
     }
     if (step_.fusion == Fusion::none) {
-      std::memcpy(row, x, in_.cols * sizeof(float));
+      pad_row(x, in_.cols, row, window.pitch);
     } else {
       const float* up = upsampled(c, y, line);
       for_each_vector<float>(in_.cols, [&](int64_t i, int64_t n) {
         const Vec<float> v = load(x + i, n), u = load(up + i, n);
         store(step_.fusion == Fusion::multiply ? fma(v, u, v) : v + u, row + i, n);
       });
+      window.zero_behind(row, in_.cols);
     }
-    window.zero_behind(row, in_.cols);
   }
   int64_t half() const { return half_; }
 

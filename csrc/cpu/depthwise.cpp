@@ -6,8 +6,6 @@
 // The expanded map, 4 to 6 times as large as the input, is never in memory. A task is a band of rows and a block of
 // channels; only the few rows that two bands need are expanded twice, and most maps are one band. With stride 2 a line
 // is kept as its even and its odd columns, so that every tap reads neighbours.
-#include <type_traits>
-
 #include "cpu/maps.h"
 #include "cpu/table.h"
 #include "cpu/window.h"
@@ -20,6 +18,7 @@ constexpr int64_t lanes = Vec<float>::lanes;
 constexpr int64_t block = Tile::outs;        // channels of a task
 constexpr int64_t buffer_bytes = 256 << 10;  // of expanded channels: within L2
 constexpr int64_t line_bytes = 20 << 10;     // of padded lines: within L1
+constexpr int most_rows_at_once = 6;  // accumulators, with 5 weights and an input: 12 of 16 registers or more
 
 // Neighbouring output rows of one channel from padded lines.
 template <int K, int S>
@@ -34,12 +33,9 @@ struct Lines {
   // Behind each row there are `pad` zeros at least, which are also those before the next.
   void fill(const float* in, float* line) const {
     if constexpr (S == 2) {
-      split_pairs(in, line, line + half, cols);
-      std::memset(line + cols, 0, (half - cols) * sizeof(float));
-      std::memset(line + half + cols, 0, (half - cols) * sizeof(float));
+      pad_split_row(in, cols, line, half);
     } else {
-      std::memcpy(line, in, cols * sizeof(float));
-      std::memset(line + cols, 0, (pitch - cols) * sizeof(float));
+      pad_row(in, cols, line, pitch);
     }
   }
   // Of tap kx from the line's beginning, at output column 0.
@@ -83,6 +79,14 @@ struct Lines {
       }
     }
   }
+  // The same of `n` rows, at most R.
+  template <int R, class... Rest>
+  void some_rows(int64_t n, const Rest&... rest) const {
+    if constexpr (R > 1) {
+      if (n < R) return some_rows<R - 1>(n, rest...);
+    }
+    rows<R>(rest...);
+  }
 };
 
 // Rows [begin, end) of one channel from `in`, of which row `first` is the first.
@@ -90,7 +94,7 @@ template <int K, int S>
 void channel_rows(const DepthwiseStep& step, int64_t c, const float* in, int64_t first, int64_t in_rows, int64_t begin,
                   int64_t end, float* line, float* out, int64_t cols) {
   const Lines<K, S> lines(cols);
-  const int64_t in_cols = S * cols, chunk = most(4, line_bytes / (S * lines.pitch * 4) / 4 * 4);
+  const int64_t in_cols = S * cols, chunk = most(most_rows_at_once, line_bytes / (S * lines.pitch * 4));
   const float *weight = step.weight + c * K * K, bias = step.bias[c];
   for (int64_t y = begin; y < end; y += chunk) {
     const int64_t n = least(chunk, end - y), top = S * y - lines.pad;
@@ -101,14 +105,12 @@ void channel_rows(const DepthwiseStep& step, int64_t c, const float* in, int64_t
       else
         lines.fill(in + (top + i - first) * in_cols, to);
     }
-    int64_t r = 0;
-    const auto some = [&](auto number) {
-      constexpr int R = decltype(number)::value;
-      for (; r + R <= n; r += R)
-        lines.template rows<R>(line + r * S * lines.pitch, weight, bias, step.activation, out + (y + r) * cols);
-    };
-    some(std::integral_constant<int, 4>()), some(std::integral_constant<int, 2>()),
-        some(std::integral_constant<int, 1>());
+    const Blocks blocks(n, most_rows_at_once);
+    for (int64_t b = 0; b < blocks.count; ++b) {
+      const int64_t r = blocks.begin(b);
+      lines.template some_rows<most_rows_at_once>(blocks.begin(b + 1) - r, line + r * S * lines.pitch, weight, bias,
+                                                  step.activation, out + (y + r) * cols);
+    }
   }
 }
 
@@ -150,8 +152,7 @@ void depthwise(const DepthwiseStep& step, const Map& in, const Map& out, const P
                             0,
                             step.expand_bias + c0,
                             nullptr,
-                            Ends::zeroed,
-                            true};
+                            Ends::zeroed};
         conv.activation = step.activation;
         conv_span(conv, 0, (last - first) * in.cols);
       }
