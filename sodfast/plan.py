@@ -1,8 +1,8 @@
 """Plans: a fused network as one op call, and as a file that runs without Python.
 
 A model that can be a plan has a method ``add_to(plan, image)``, which adds its steps to a
-:class:`PlanBuilder` and returns the features of its result; csrc/plan/format.h describes the
-file, csrc/cpu/maps.h the steps.
+:class:`PlanBuilder` and returns the features of its result, or raises NotImplementedError where a
+plan has no such step; csrc/plan/format.h describes the file, csrc/cpu/maps.h the steps.
 """
 
 from __future__ import annotations

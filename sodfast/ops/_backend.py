@@ -196,7 +196,7 @@ def info() -> str:
         elif name == "cpu" and _C is not None:
             build = _C.build_info()
             lines.append(
-                f"cpu: compiled kernels run as {_C.cpu_isa()} (this machine and build offer "
+                f"cpu: compiled kernels and plans run as {_C.cpu_isa()} (this machine and build offer "
                 f"{', '.join(_C.cpu_isas())}; version {build['version']}, built by "
                 f"{build['compiler']})."
             )
