@@ -234,8 +234,8 @@ inline void pin([[maybe_unused]] Vec<T>& a) {
 #endif
 }
 
-// For all: max_or_second and min_or_second are one instruction; where a is NaN they may give b, where b is NaN they give
-// NaN. keep(a, n) has a's first n lanes and zeros. interleave gives even[0], odd[0], even[1] … in two vectors,
+// For all: max_or_second and min_or_second are one instruction; where a is NaN they may give b, where b is NaN they
+// give NaN. keep(a, n) has a's first n lanes and zeros. interleave gives even[0], odd[0], even[1] … in two vectors,
 // deinterleave takes it apart.
 
 // PReLU: x where x > 0, slope · x elsewhere (also for a negative slope, and NaN stays NaN).

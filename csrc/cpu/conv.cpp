@@ -22,12 +22,18 @@ void pack_conv(int64_t outs, int64_t taps, const float* weight, float* packed) {
 
 // -------------------------------------------------------------------------------------------------------- 1×1
 // to = the packed weights, those of channel c times gate[c].
-void scale_weights(const ConvStep& step, const float* gate, float* to) {
+void scale_weights(const ConvStep& step, const float* gate, float* __restrict to) {
   const float* from = step.packed;
   const Blocks blocks(step.out_channels, Tile::outs);
-  for (int64_t b = 0; b < blocks.count; ++b)
-    for (int64_t c = 0; c < step.in_channels; ++c)
-      for (int64_t o = blocks.begin(b); o < blocks.begin(b + 1); ++o) *to++ = *from++ * gate[c];
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    const int64_t outs = blocks.begin(b + 1) - blocks.begin(b);
+    for (int64_t c = 0; c < step.in_channels; ++c, from += outs, to += outs) {
+      if (outs == Tile::outs)  // a number that the compiler knows makes this vectors
+        for (int o = 0; o < Tile::outs; ++o) to[o] = from[o] * gate[c];
+      else
+        for (int64_t o = 0; o < outs; ++o) to[o] = from[o] * gate[c];
+    }
+  }
 }
 
 void conv_1x1(const ConvStep& step, const ConvMaps& m, const Parallel& parallel) {

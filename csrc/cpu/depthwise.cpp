@@ -18,7 +18,7 @@ constexpr int64_t lanes = Vec<float>::lanes;
 constexpr int64_t block = Tile::outs;        // channels of a task
 constexpr int64_t buffer_bytes = 128 << 10;  // of expanded channels: within L2
 constexpr int64_t line_bytes = 20 << 10;     // of padded lines: within L1
-constexpr int most_rows_at_once = 6;  // accumulators, with 5 weights and an input: 12 of 16 registers or more
+constexpr int most_rows_at_once = 6;         // accumulators, with 5 weights and an input: 12 of 16 registers or more
 
 // Neighbouring output rows of one channel from padded lines.
 template <int K, int S>

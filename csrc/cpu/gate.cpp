@@ -35,10 +35,14 @@ void gate(const GateStep& step, const Map& in, float* gates, const Parallel& par
     const float y = sum(total) + step.reduce_bias[s];
     squeezed[s] = y < 0 ? 0 : y;  // NaN stays NaN
   }
+  // Row by row of W₂, which is larger than L1: what is read in order is fetched ahead.
+  std::memcpy(gates, step.expand_bias, channels * sizeof(float));
+  for (int64_t s = 0; s < step.squeezed; ++s)
+    for_each_vector<float>(channels, [&](int64_t c, int64_t n) {
+      store(fma(V(squeezed[s]), load(step.expand + s * channels + c, n), load(gates + c, n)), gates + c, n);
+    });
   for_each_vector<float>(channels, [&](int64_t c, int64_t n) {
-    V y = load(step.expand_bias + c, n);
-    for (int64_t s = 0; s < step.squeezed; ++s) y = fma(V(squeezed[s]), load(step.expand + s * channels + c, n), y);
-    const V zero(0.0f), one(1.0f), g = fma(V(step.slope), y, V(0.5f));
+    const V zero(0.0f), one(1.0f), g = fma(V(step.slope), load(gates + c, n), V(0.5f));
     store(where_greater(zero, g, zero, where_greater(g, one, one, g)), gates + c, n);
   });
 }
