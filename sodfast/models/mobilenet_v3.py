@@ -1,6 +1,6 @@
 """MobileNetV3-Large as an encoder: four features, no classifier (Howard et al., ICCV 2019)."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -168,7 +168,7 @@ class MobileNetV3Large(nn.Module):
         x = plan.conv(image, self.stem[0], self.stem[-1])
         features = []
         for number, unit in enumerate(self.units):
-            x = unit.add_to(plan, x)
+            x = cast(Unit, unit).add_to(plan, x)
             if number in TAPS:
                 features.append(x)
         return features
