@@ -25,10 +25,10 @@ def fuse(model: nn.Module) -> nn.Module:
         model: any module; what has no such pairs stays as it is.
 
     Returns:
-        For a model that knows its steps (it has ``add_to``, as csnet, extractor and vanilla
-        have) a :class:`sodfast.plan.Plan`, which runs the whole network as one op and can be
-        saved as a file that needs no Python. For any other module its copy, which runs layer
-        by layer.
+        For a model that knows its steps (it has ``add_to``, as csnet, extractor, vanilla, and
+        scfnet on MobileNetV3 have) a :class:`sodfast.plan.Plan`, which runs the whole network
+        as one op and can be saved as a file that needs no Python. For any other module its
+        copy, which runs layer by layer.
 
     Raises:
         TypeError: a pair names something that cannot be fused.

@@ -1,8 +1,8 @@
 """Plans: a fused network as one op call, and as a file that runs without Python.
 
 A model that can be a plan has a method ``add_to(plan, image)``, which adds its steps to a
-:class:`PlanBuilder` and returns the features of its result; csrc/plan/format.h describes the
-file, csrc/cpu/maps.h the steps.
+:class:`PlanBuilder` and returns the features of its result, or raises NotImplementedError where a
+plan has no such step; csrc/plan/format.h describes the file, csrc/cpu/maps.h the steps.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ __all__ = ["Plan", "PlanBuilder", "load_plan"]
 _MAGIC = b"sodfast\n"
 _VERSION, _BYTE_ORDER, _NONE = 1, 0x01020304, 0xFFFFFFFF
 _HEADER = struct.Struct("<8sIIQIIIIIIII8f8f")
-_BLOCK, _BANK, _UPSAMPLE = 1, 2, 3
+_BLOCK, _BANK, _UPSAMPLE, _CONV, _DEPTHWISE, _GATE = range(1, 7)
+_VECTOR = 0xFF  # the level of a tensor of one number per channel
 _MOST_SCALES, _MOST_DILATIONS = 4, 8
 
 
 class Feature(NamedTuple):
-    """A feature map of a plan: its number, its channels, and how often its size is halved."""
+    """A feature map of a plan: its number, its channels, and how often its size is halved.
+
+    One number per channel has the level 255.
+    """
 
     number: int
     channels: int
@@ -112,6 +116,66 @@ class PlanBuilder:
         self._step(_BANK, module, words, macs)
         return ys
 
+    def conv(
+        self,
+        x: Feature,
+        conv: nn.Conv2d,
+        activation: nn.Module | None = None,
+        *,
+        up: Feature | None = None,
+        multiply: bool = True,
+        gate: Feature | None = None,
+        add: Feature | None = None,
+    ) -> Feature:
+        """Add a 1x1 or 3x3 convolution with activation.
+
+        Args:
+            x: the input; the image for a 3x3 only.
+            conv: without groups, padded to keep the size; a 3x3 may have stride 2 or a dilation.
+            activation: an nn.ReLU, an nn.Hardswish, or None.
+            up, multiply: the input is ``x + x up(up)``, or ``x + up(up)``; 3x3 only.
+            gate: scales the channels of ``x``; 1x1 only.
+            add: is added before the activation; 1x1 only.
+        """
+        kernel, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
+        if kernel not in (1, 3) or conv.groups != 1 or conv.padding[0] != kernel // 2 * dilation:
+            raise NotImplementedError(f"a plan has no step for {conv}")
+        y = self._feature(conv.out_channels, x.level + (stride == 2))
+        others = [_NONE if f is None else f.number for f in (up, gate, add)]
+        fusion = 0 if up is None else 1 if multiply else 2
+        words = [x.number, y.number, kernel, stride, dilation, _activation(activation), fusion]
+        words += [*others, self._floats_of(conv.weight), self._floats_of(conv.bias)]
+        macs = x.channels * y.channels * kernel**2 / 4**y.level
+        self._step(_CONV, conv, words, macs)
+        return y
+
+    def depthwise(
+        self, x: Feature, expand: nn.Conv2d | None, conv: nn.Conv2d, activation: nn.Module
+    ) -> Feature:
+        """Add a 1x1 expansion (or None) and a depthwise 3x3 or 5x5, each with activation."""
+        kernel, stride = conv.kernel_size[0], conv.stride[0]
+        if kernel not in (3, 5) or conv.groups != conv.in_channels:
+            raise NotImplementedError(f"a plan has no step for {conv}")
+        y = self._feature(conv.out_channels, x.level + (stride == 2))
+        words = [x.number, y.number, kernel, stride, _activation(activation)]
+        for layer in (expand, conv):
+            bias = None if layer is None else _bias(layer)
+            words += [self._floats_of(None if layer is None else layer.weight)]
+            words += [self._floats_of(bias)]
+        macs = kernel**2 * y.channels / 4**y.level
+        macs += x.channels * y.channels / 4**x.level if expand is not None else 0
+        self._step(_DEPTHWISE, conv, words, macs)
+        return y
+
+    def gate(self, x: Feature, reduce: nn.Conv2d, expand: nn.Conv2d, slope: float) -> Feature:
+        """Add squeeze and excitation's gate: hard sigmoid of two layers on the channels' means."""
+        y = self._feature(x.channels, _VECTOR)
+        words = [x.number, y.number, reduce.out_channels]
+        tensors = (reduce.weight, _bias(reduce), expand.weight.flatten(1).t(), _bias(expand))
+        words += [self._floats_of(tensor) for tensor in (*tensors, torch.tensor([slope]))]
+        self._step(_GATE, reduce, words, 0.0)  # its work does not depend on the pixels
+        return y
+
     def upsample(self, x: Feature) -> Feature:
         """Add the bilinear upsampling to the image's size; it makes the plan's result."""
         y = self._feature(x.channels, 0)
@@ -138,6 +202,8 @@ class PlanBuilder:
 
     def _feature(self, channels: int, level: int) -> Feature:
         self._features.append(Feature(len(self._features), channels, level))
+        if level != _VECTOR:
+            self._deepest = max(self._deepest, level)
         return self._features[-1]
 
     def _step(self, kind: int, module: nn.Module, words: list[int], macs: float) -> None:
@@ -158,6 +224,17 @@ class PlanBuilder:
         self._floats.append(values)
         position, self._position = self._position, self._position + values.size
         return position
+
+
+def _activation(module: nn.Module | None) -> int:
+    for number, kind in enumerate((type(None), nn.ReLU, nn.Hardswish)):
+        if isinstance(module, kind):
+            return number
+    raise NotImplementedError(f"a plan has no step with {module}")
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    return conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
 
 
 def _indices(xs: Sequence[Feature]) -> list[int]:
@@ -273,7 +350,10 @@ def make_plan(network: nn.Module) -> nn.Module:
     if any(tensor.is_meta for tensor in network.state_dict().values()):  # shapes without numbers
         return network
     builder = PlanBuilder(network, config["in_channels"])
-    add_to(builder, builder.image)
+    try:
+        add_to(builder, builder.image)
+    except NotImplementedError:
+        return network
     preprocessing = check_preprocessing(getattr(network, "preprocessing", None))
     return Plan(builder.blob(preprocessing), network, builder.steps)
 

@@ -272,6 +272,17 @@ def test_info_says_what_runs():
         assert any(line.startswith(f"{name}: ") and line.endswith(".") for line in lines)
 
 
+def test_info_says_the_instruction_set_of_plans(compiled):
+    module = _backend._C
+    before = module.cpu_isa()
+    try:
+        for isa in module.cpu_isas():
+            module.set_cpu_isa(isa)
+            assert f"plans run as {isa} " in sodfast.info()
+    finally:
+        module.set_cpu_isa(before)
+
+
 def test_meta_tensors_have_shapes():
     x, weight = torch.empty(1, 3, 8, 8, device="meta"), torch.empty(4, 3, 1, 1, device="meta")
     ys = ops.goctconv([x], weight, [2, 2])

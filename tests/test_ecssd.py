@@ -6,14 +6,51 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scfnet_golden
+import torch
 from picture_cases import by_hand
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+import sodfast
 from sodfast.convert import convert_csnet
 from sodfast.metrics import SalMetric
+from sodfast.ops import _backend
 from sodfast.predict import Predictor, find_jobs, predict_files
+
+
+@pytest.fixture(params=["csnet-L-x1", "csnet-L-x2", "scfnet"])
+def network(request: pytest.FixtureRequest, shared: Path) -> nn.Module:
+    if request.param == "scfnet":
+        model = sodfast.create_model("scfnet")
+        scfnet_golden.load(model, scfnet_golden.read(shared), "M3_0.5_eval/state_dict/")
+        return model.eval()
+    folder = shared / "reference" / "sod100k"
+    return convert_csnet(folder / f"{request.param}.pth.tar", folder / f"{request.param}.bin")
+
+
+@torch.no_grad()
+def test_plans_on_every_instruction_set(
+    network: nn.Module, shared: Path, full: bool, compiled: None
+) -> None:
+    """Logits of photos within 1e-4 of the reference's."""
+    predictor, module = Predictor(network), _backend._C
+    before, worst = module.cpu_isa(), {}
+    paths = sorted((shared / "data" / "ECSSD" / "images").iterdir())
+    try:
+        for path in paths[: 1000 if full else 30 : 10]:
+            image, _ = predictor.prepare(path)
+            with sodfast.use_backend("reference"):
+                expected = network(image)
+            assert expected.std() > 0.01
+            for isa in module.cpu_isas():
+                module.set_cpu_isa(isa)
+                error = float((predictor.run(image) - expected).abs().max())
+                worst[isa] = max(worst.get(isa, 0.0), error)
+    finally:
+        module.set_cpu_isa(before)
+    assert max(worst.values()) < 1e-4, worst
 
 
 def naive_figures(maps: list[np.ndarray], truths: list[np.ndarray]) -> tuple[float, float]:

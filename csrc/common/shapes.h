@@ -14,6 +14,8 @@ namespace sodfast {
 
 constexpr int max_scales = 4;
 
+enum class Activation : uint32_t { none, relu, hardswish };
+
 struct Pyramid {
   int scales = 0;
   int64_t batch = 0, height = 0, width = 0;  // height and width of scale 0

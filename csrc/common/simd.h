@@ -44,6 +44,8 @@ inline Vec<float> where_greater(Vec<float> a, Vec<float> b, Vec<float> yes, Vec<
 inline Vec<float> max(Vec<float> a, Vec<float> b) {  // vmaxps returns its second operand where one is NaN
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_max_ps(a.v, b.v), a.v);
 }
+inline Vec<float> max_or_second(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a.v, b.v); }
+inline Vec<float> min_or_second(Vec<float> a, Vec<float> b) { return _mm512_min_ps(a.v, b.v); }
 inline float sum(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
 inline Vec<float> keep(Vec<float> a, int64_t n) { return _mm512_maskz_mov_ps(Vec<float>::first(n), a.v); }
 inline void interleave(Vec<float> even, Vec<float> odd, Vec<float>& low, Vec<float>& high) {
@@ -88,6 +90,8 @@ inline Vec<float> where_greater(Vec<float> a, Vec<float> b, Vec<float> yes, Vec<
 inline Vec<float> max(Vec<float> a, Vec<float> b) {
   return _mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
 }
+inline Vec<float> max_or_second(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a.v, b.v); }
+inline Vec<float> min_or_second(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a.v, b.v); }
 inline float sum(Vec<float> a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -151,6 +155,8 @@ inline Vec<float> where_greater(Vec<float> a, Vec<float> b, Vec<float> yes, Vec<
 inline Vec<float> max(Vec<float> a, Vec<float> b) {
   return _mm_blendv_ps(_mm_max_ps(a.v, b.v), a.v, _mm_cmpunord_ps(a.v, a.v));
 }
+inline Vec<float> max_or_second(Vec<float> a, Vec<float> b) { return _mm_max_ps(a.v, b.v); }
+inline Vec<float> min_or_second(Vec<float> a, Vec<float> b) { return _mm_min_ps(a.v, b.v); }
 inline float sum(Vec<float> a) {
   __m128 s = _mm_add_ps(a.v, _mm_movehl_ps(a.v, a.v));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
@@ -170,6 +176,8 @@ inline Vec<float> where_greater(Vec<float> a, Vec<float> b, Vec<float> yes, Vec<
   return vbslq_f32(vcgtq_f32(a.v, b.v), yes.v, no.v);
 }
 inline Vec<float> max(Vec<float> a, Vec<float> b) { return vmaxq_f32(a.v, b.v); }  // NEON's maximum keeps NaN
+inline Vec<float> max_or_second(Vec<float> a, Vec<float> b) { return vmaxq_f32(a.v, b.v); }
+inline Vec<float> min_or_second(Vec<float> a, Vec<float> b) { return vminq_f32(a.v, b.v); }
 inline float sum(Vec<float> a) { return vaddvq_f32(a.v); }
 inline void interleave(Vec<float> even, Vec<float> odd, Vec<float>& low, Vec<float>& high) {
   low = vzip1q_f32(even.v, odd.v), high = vzip2q_f32(even.v, odd.v);
@@ -205,6 +213,8 @@ inline Vec<double> where_greater(Vec<double> a, Vec<double> b, Vec<double> yes, 
   return a.v > b.v ? yes : no;
 }
 inline Vec<double> max(Vec<double> a, Vec<double> b) { return (a.v != a.v || a.v > b.v) ? a : b; }
+inline Vec<double> max_or_second(Vec<double> a, Vec<double> b) { return a.v > b.v ? a : b; }
+inline Vec<double> min_or_second(Vec<double> a, Vec<double> b) { return a.v < b.v ? a : b; }
 inline double sum(Vec<double> a) { return a.v; }
 inline Vec<double> keep(Vec<double> a, int64_t) { return a; }
 inline void interleave(Vec<double> even, Vec<double> odd, Vec<double>& low, Vec<double>& high) {
@@ -224,13 +234,26 @@ inline void pin([[maybe_unused]] Vec<T>& a) {
 #endif
 }
 
-// For all: keep(a, n) has a's first n lanes and zeros. interleave gives even[0], odd[0], even[1] … in two vectors,
+// For all: max_or_second and min_or_second are one instruction; where a is NaN they may give b, where b is NaN they
+// give NaN. keep(a, n) has a's first n lanes and zeros. interleave gives even[0], odd[0], even[1] … in two vectors,
 // deinterleave takes it apart.
 
 // PReLU: x where x > 0, slope · x elsewhere (also for a negative slope, and NaN stays NaN).
 template <class T>
 inline Vec<T> prelu(Vec<T> x, Vec<T> slope) {
   return where_greater(x, Vec<T>(T(0)), x, x * slope);
+}
+
+// NaN stays NaN in both.
+template <class T>
+inline Vec<T> relu(Vec<T> x) {
+  return max_or_second(Vec<T>(T(0)), x);
+}
+// x · min(max(x + 3, 0), 6) / 6
+template <class T>
+inline Vec<T> hardswish(Vec<T> x) {
+  const Vec<T> gate = fma(x, Vec<T>(T(1) / 6), Vec<T>(T(0.5)));
+  return x * min_or_second(max_or_second(gate, Vec<T>(T(0))), Vec<T>(T(1)));
 }
 
 // The lanes p[index[0]], p[index[1]], …; each index is below `lanes`, and a whole vector at p is readable.

@@ -72,7 +72,7 @@ void run_scale(const BankStep& step, int s, const Map& in, const Map& out, int64
           for (int64_t dx = -1; dx <= 1; ++dx) *tap++ = window.row(c, y + dy * reach.y) + dx * reach.x;
       conv_rows(RowConv<float>{taps, taps_count, weights, outs, out.data + o * out.plane + y * out.pitch, out.plane,
                                nullptr, 0, step.bias == nullptr ? nullptr : step.bias + o0 + o,
-                               step.slope == nullptr ? nullptr : step.slope + o0 + o, true},
+                               step.slope == nullptr ? nullptr : step.slope + o0 + o, Ends::zeroed},
                 pitch, 0, out.pitch, n, out.cols);
       o += outs, weights += outs * taps_count;
     }

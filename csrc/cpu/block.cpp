@@ -276,7 +276,7 @@ class ScaleBlock {
                         0,
                         step_.bias == nullptr ? nullptr : step_.bias + o0_,
                         step_.slope == nullptr ? nullptr : step_.slope + o0_,
-                        true,
+                        Ends::zeroed,
                         staged_channels_ == 0,
                         step_.head};
     for (int64_t r = 0; r < n; r += chunk) {
@@ -319,7 +319,7 @@ class ScaleBlock {
                               0,
                               nullptr,
                               nullptr,
-                              true};
+                              Ends::zeroed};
     conv_rows(conv, low.pitch, 0, low.pitch, rows, width);
     for (int64_t o = 0; o < outs_; ++o)
       for (int64_t r = 0; r < rows; ++r) {
@@ -371,37 +371,12 @@ void block(const BlockStep& step, const Map* in, const Map* out, const Parallel&
       [&](int s, int64_t y0, int64_t y1) { ScaleBlock(step, s, in, out[s]).run(y0, y1); });
 }
 
-// ---------------------------------------------------------------------------------------------------- upsampling
-void upsample(const Map& in, int64_t factor, const Map& out, const Parallel& parallel) {
-  for_row_ranges(
-      1, [&](int) { return out.rows; }, out.channels * out.rows * out.cols, parallel,
-      [&](int, int64_t y0, int64_t y1) {
-        Scratch scratch(Scratch::bytes<float>(in.cols + 2));
-        float* line = scratch.take<float>(in.cols + 2);
-        for (int64_t c = 0; c < in.channels; ++c) {
-          const float* plane = in.data + c * in.plane;
-          for (int64_t y = y0; y < y1; ++y) {
-            float* row = out.data + c * out.plane + y * out.pitch;
-            if (factor == 1) {
-              std::memcpy(row, plane + y * in.pitch, out.cols * sizeof(float));
-              continue;
-            }
-            const Between at = between(y, factor);
-            const int64_t a = clamp_to(at.lower, in.rows), b = clamp_to(at.lower + 1, in.rows);
-            upsample_row(plane + a * in.pitch, plane + b * in.pitch, static_cast<float>(at.upper), factor, row, in.cols,
-                         line, false);
-          }
-        }
-      });
-}
-
 }  // namespace
 
 void add_block(MapKernels& table) {
   table.lanes = lanes;
   table.pack_block = pack_block;
   table.block = block;
-  table.upsample = upsample;
 }
 
 }  // namespace SODFAST_ISA

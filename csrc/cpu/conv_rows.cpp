@@ -6,7 +6,7 @@ namespace sodfast {
 namespace SODFAST_ISA {
 namespace {
 
-enum class Edge { none, masked, zeroed };
+enum class Edge { none, masked, zeroed, cut };
 
 template <class T, int O, int V, Edge E>
 inline void conv_tile(const RowConv<T>& r, const T* w, int64_t o0, const Place* at) {
@@ -14,7 +14,7 @@ inline void conv_tile(const RowConv<T>& r, const T* w, int64_t o0, const Place* 
   X sum[O][V];
   const auto read = [&](const T* p, int v) { return E == Edge::masked ? load(p, at[v].lanes) : X::load(p); };
   const auto write = [&](X y, T* p, int v) {
-    if constexpr (E == Edge::masked) {
+    if constexpr (E == Edge::masked || E == Edge::cut) {
       store(y, p, at[v].lanes);
     } else {
       (E == Edge::zeroed ? keep(y, at[v].lanes) : y).store(p);
@@ -56,6 +56,16 @@ inline void conv_tile(const RowConv<T>& r, const T* w, int64_t o0, const Place* 
       for (int v = 0; v < V; ++v) sum[o][v] = prelu(sum[o][v], slope);
     }
   }
+  if (r.activation != Activation::none) {
+    const auto activate = [&](const auto& f) {
+#pragma GCC unroll 8
+      for (int o = 0; o < O; ++o)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sum[o][v] = f(sum[o][v]);
+    };
+    r.activation == Activation::relu ? activate([](X x) { return relu(x); })
+                                     : activate([](X x) { return hardswish(x); });
+  }
   if (r.head != nullptr) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
@@ -80,7 +90,8 @@ inline void conv_block(const RowConv<T>& r, const T* w, int64_t o0, const Place*
     if (vectors < V) return conv_block<T, O, V - 1>(r, w, o0, at, vectors, whole);
   }
   if (whole) return conv_tile<T, O, V, Edge::none>(r, w, o0, at);
-  r.padded ? conv_tile<T, O, V, Edge::zeroed>(r, w, o0, at) : conv_tile<T, O, V, Edge::masked>(r, w, o0, at);
+  if (r.ends == Ends::zeroed) return conv_tile<T, O, V, Edge::zeroed>(r, w, o0, at);
+  r.ends == Ends::cut ? conv_tile<T, O, V, Edge::cut>(r, w, o0, at) : conv_tile<T, O, V, Edge::masked>(r, w, o0, at);
 }
 
 template <class T, int O>

@@ -1,6 +1,7 @@
 // The heart of every dense convolution here: all output channels of some vectors.
 //
 //   out[o][x] = epilogue( start[o][x] + Σ_t w[t][o] · tap[t][x] ),   epilogue(v) = prelu(v + bias[o], slope[o])
+//                                                                       or activation(v + bias[o])
 //
 // A tap is a pointer into an input row, already shifted by its place in the kernel: k² of them per input channel.
 // The channels are cut into near-equal blocks of at most Tile::outs (13 = 7 + 6, never 8 + 5 + padding), the vectors
@@ -8,6 +9,7 @@
 // loads V vectors and O weights and does O·V multiply-adds. The weights are packed as [block][tap][channel].
 #pragma once
 
+#include "common/shapes.h"
 #include "common/simd.h"
 
 #ifndef SODFAST_ISA
@@ -37,6 +39,13 @@ struct Place {
   int64_t in, out, lanes;
 };
 
+// How a vector is treated that only its first lanes count of.
+enum class Ends {
+  exact,   // only they are read and written
+  zeroed,  // behind a row there is room in both maps: all are read, zeros written behind those that count
+  cut,     // there is room in the input alone: all are read, those that count written
+};
+
 template <class T>
 struct RowConv {
   const T* const* taps;
@@ -47,11 +56,12 @@ struct RowConv {
   int64_t out_stride;  // from one output channel to the next
   const T* start;      // null: zero
   int64_t start_stride;
-  const T* bias;            // null: zero
-  const T* slope;           // null: identity
-  bool padded = false;      // behind a row there is room: whole vectors are read, the lanes beyond it written as zeros
+  const T* bias;   // null: zero
+  const T* slope;  // null: identity
+  Ends ends = Ends::exact;
   bool prefetch = false;    // the taps are rows far apart, in memory: fetch those of the next tile ahead
   const T* head = nullptr;  // then Σ_o head[o] · out[o] is added to the one channel `out`
+  Activation activation = Activation::none;  // instead of slope
 };
 
 // The vectors at `places`, all output channels.

@@ -27,6 +27,10 @@
   void add_dkd(Kernels<T>&);                \
   void add_block(MapKernels&);              \
   void add_bank(MapKernels&);               \
+  void add_conv(MapKernels&);               \
+  void add_depthwise(MapKernels&);          \
+  void add_gate(MapKernels&);               \
+  void add_upsample(MapKernels&);           \
   }
 
 namespace sodfast {
@@ -60,12 +64,16 @@ struct Isa {
     return table;                          \
   }()
 
-#define SODFAST_MAPS(isa)  \
-  [] {                     \
-    MapKernels table{};    \
-    isa::add_block(table); \
-    isa::add_bank(table);  \
-    return table;          \
+#define SODFAST_MAPS(isa)      \
+  [] {                         \
+    MapKernels table{};        \
+    isa::add_block(table);     \
+    isa::add_bank(table);      \
+    isa::add_conv(table);      \
+    isa::add_depthwise(table); \
+    isa::add_gate(table);      \
+    isa::add_upsample(table);  \
+    return table;              \
   }()
 
 struct Isas {

@@ -57,6 +57,32 @@ struct Window {
   void zero_behind(float* row, int64_t cols) const { std::memset(row + cols, 0, (pitch - cols) * sizeof(float)); }
 };
 
+// A row copied with zeros behind it, up to `length`: both are whole vectors in `to`. (memcpy and memset of a dozen
+// numbers each would take longer than a depthwise convolution of them.)
+inline void pad_row(const float* from, int64_t cols, float* to, int64_t length) {
+  constexpr int64_t L = Vec<float>::lanes;
+  int64_t x = 0;
+  for (; x + L <= cols; x += L) Vec<float>::load(from + x).store(to + x);
+  if (x < cols) Vec<float>::load(from + x, cols - x).store(to + x), x += L;
+  for (; x < length; x += L) Vec<float>(0.0f).store(to + x);
+}
+// The same of 2 · cols numbers: the even ones, and the odd ones from to + length on.
+inline void pad_split_row(const float* from, int64_t cols, float* to, int64_t length) {
+  constexpr int64_t L = Vec<float>::lanes;
+  int64_t x = 0;
+  const auto split = [&](Vec<float> low, Vec<float> high) {
+    Vec<float> even, odd;
+    deinterleave(low, high, even, odd);
+    even.store(to + x), odd.store(to + length + x);
+  };
+  for (; x + L <= cols; x += L) split(Vec<float>::load(from + 2 * x), Vec<float>::load(from + 2 * x + L));
+  if (const int64_t rest = 2 * (cols - x); rest > 0) {
+    const float* p = from + 2 * x;
+    split(load(p, least(rest, L)), rest > L ? load(p + L, rest - L) : Vec<float>(0.0f)), x += L;
+  }
+  for (; x < length; x += L) Vec<float>(0.0f).store(to + x), Vec<float>(0.0f).store(to + length + x);
+}
+
 // Arithmetic on subnormal numbers is many times slower, and nothing that small can reach the output.
 class FlushDenormals {
  public:
@@ -100,6 +126,18 @@ inline void conv_rows(const RowConv<float>& conv, int64_t in_pitch, int64_t in_r
       places[n++] = {(in_row + r) * in_pitch + x, r * out_pitch + x, cols - x < L ? cols - x : L};
       if (n == most_places) conv_vectors(conv, places, n), n = 0;
     }
+  conv_vectors(conv, places, n);
+}
+
+// Convolves whole vectors from column `begin` to `end` of one long row.
+inline void conv_span(const RowConv<float>& conv, int64_t begin, int64_t end) {
+  constexpr int64_t L = Vec<float>::lanes, most_places = 240;
+  Place places[most_places];
+  int64_t n = 0;
+  for (int64_t x = begin; x < end; x += L) {
+    places[n++] = {x, x, L};
+    if (n == most_places) conv_vectors(conv, places, n), n = 0;
+  }
   conv_vectors(conv, places, n);
 }
 

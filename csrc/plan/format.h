@@ -2,16 +2,20 @@
 //
 //   Header | TensorEntry × tensors | words × words | float × floats         little-endian, no padding
 //
-// A tensor is a feature map of `channels` channels at height >> level, width >> level. Tensor 0 is the image, the last
-// one the result. The words hold the steps, each as its kind, its number of further words, and these:
+// A tensor is a feature map of `channels` channels at height >> level, width >> level; or, where level is `vector`, one
+// number per channel. Tensor 0 is the image, the last one the result. The words hold the steps, each as its kind, its
+// number of further words, and these:
 //
 //   block     in_scales, in[4], out_scales, out[4], kernel, stride, depthwise, head, weight, bias, slope,
 //             (weight, bias, slope) × 2 of the depthwise layers, weight, bias of the head
 //   bank      scales, in[4], out[4], dilations, dilation[8], branch[4][8], weight[4], bias, slope
 //   upsample  in, out
+//   conv      in, out, kernel, stride, dilation, activation, fusion, up, gate, add, weight, bias
+//   depthwise in, out, kernel, stride, activation, expand weight, expand bias, weight, bias
+//   gate      in, out, squeezed, weight, bias, expand weight, expand bias, slope
 //
-// in and out are tensors; weight, bias, slope are positions among the floats, or `none`. See cpu/maps.h for what
-// they mean and the shapes they have.
+// in, out, up, gate and add are tensors; weight, bias, slope are positions among the floats; any of these but in and
+// out may be `none`. See cpu/maps.h for what they mean and the shapes they have.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +26,7 @@ constexpr char magic[8] = {'s', 'o', 'd', 'f', 'a', 's', 't', '\n'};
 constexpr uint32_t version = 1, byte_order = 0x01020304;
 constexpr uint32_t none = 0xffffffff;
 constexpr uint32_t most_entries = 4096;  // of tensors, steps, and channels of one tensor
-constexpr uint32_t most_level = 8;
+constexpr int most_level = 8, vector = 0xff;
 constexpr uint32_t most_image_channels = 8;
 constexpr uint32_t most_side = 1 << 15;  // of an image, in pixels
 
@@ -42,7 +46,7 @@ struct TensorEntry {
   uint32_t channels, level;
 };
 
-enum class Kind : uint32_t { block = 1, bank = 2, upsample = 3 };
+enum class Kind : uint32_t { block = 1, bank = 2, upsample = 3, conv = 4, depthwise = 5, gate = 6 };
 
 struct BlockWords {
   uint32_t in_scales, in[4], out_scales, out[4], kernel, stride, depthwise, head, weight, bias, slope;
@@ -56,6 +60,15 @@ struct BankWords {
 };
 struct UpsampleWords {
   uint32_t in, out;
+};
+struct ConvWords {
+  uint32_t in, out, kernel, stride, dilation, activation, fusion, up, gate, add, weight, bias;
+};
+struct DepthwiseWords {
+  uint32_t in, out, kernel, stride, activation, expand_weight, expand_bias, weight, bias;
+};
+struct GateWords {
+  uint32_t in, out, squeezed, weight, bias, expand_weight, expand_bias, slope;
 };
 
 }  // namespace sodfast::plan

@@ -50,8 +50,11 @@ class Plan::Lease {
 
 Map Plan::map_of(const Tensor& t, int64_t height, int64_t width) const {
   Map map;
-  map.channels = t.channels, map.rows = height >> t.level, map.cols = width >> t.level;
-  map.pitch = kernels_.pitch_for(map.cols), map.plane = staggered(map.rows * map.pitch);
+  map.channels = t.channels, map.rows = map.cols = map.pitch = map.plane = 1;
+  if (t.level == vector) return map;
+  map.rows = height >> t.level, map.cols = width >> t.level;
+  map.pitch = t.dense ? map.cols : kernels_.pitch_for(map.cols);
+  map.plane = staggered(map.rows * map.pitch);
   return map;
 }
 
@@ -135,6 +138,15 @@ void Plan::run_image(Context& context, const float* image, float* result, const 
     } else if (const auto* bank = std::get_if<Bank>(&steps_[i])) {
       gather(*bank, bank->step.scales, bank->step.scales);
       kernels_.bank(bank->step, in, out, parallel);
+    } else if (const auto* conv = std::get_if<Conv>(&steps_[i])) {
+      const auto optional = [&](uint32_t index) { return index == none ? Map{} : maps[index]; };
+      const ConvMaps places{maps[conv->in], optional(conv->up), optional(conv->gate), optional(conv->add),
+                            maps[conv->out]};
+      kernels_.conv(conv->step, places, parallel);
+    } else if (const auto* depthwise = std::get_if<Depthwise>(&steps_[i])) {
+      kernels_.depthwise(depthwise->step, maps[depthwise->in], maps[depthwise->out], parallel);
+    } else if (const auto* gate = std::get_if<Gate>(&steps_[i])) {
+      kernels_.gate(gate->step, maps[gate->in], maps[gate->out].data, parallel);
     } else {
       const auto& up = std::get<Upsample>(steps_[i]);
       kernels_.upsample(maps[up.in], up.factor, maps[up.out], parallel);

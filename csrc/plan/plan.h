@@ -53,11 +53,24 @@ class Plan {
     uint32_t in, out;
     int64_t factor;
   };
-  using AnyStep = std::variant<Block, Bank, Upsample>;
+  struct Conv {
+    ConvStep step;
+    uint32_t in, out, up, gate, add;  // the last three may be `none`
+  };
+  struct Depthwise {
+    DepthwiseStep step;
+    uint32_t in, out;
+  };
+  struct Gate {
+    GateStep step;
+    uint32_t in, out;
+  };
+  using AnyStep = std::variant<Block, Bank, Upsample, Conv, Depthwise, Gate>;
   struct Tensor {
     int64_t channels;
     int level;
     int64_t written = -1, last_read = -1;  // steps
+    bool dense = false;                    // what the steps are that write and read it: see Map
   };
   struct Place {  // of a tensor in the arena, in floats
     size_t tensor;

@@ -58,6 +58,12 @@ class Plan::Reader {
         read_block(words<BlockWords>(count));
       } else if (kind == Kind::bank) {
         read_bank(words<BankWords>(count));
+      } else if (kind == Kind::conv) {
+        read_conv(words<ConvWords>(count));
+      } else if (kind == Kind::depthwise) {
+        read_depthwise(words<DepthwiseWords>(count));
+      } else if (kind == Kind::gate) {
+        read_gate(words<GateWords>(count));
       } else {
         check(kind == Kind::upsample, "step ", step_, " is of unknown kind ", static_cast<uint32_t>(kind));
         read_upsample(words<UpsampleWords>(count));
@@ -116,6 +122,7 @@ class Plan::Reader {
     for (uint32_t i = 0; i < scales; ++i) {
       const Tensor& t = writing ? write(index[i]) : read(index[i]);
       if (i == 0) level = t.level;
+      check(t.level != vector, "step ", step_, ": tensor ", index[i], " is no map");
       check(t.level == level + static_cast<int>(i), "step ", step_, ": tensor ", index[i], " has level ", t.level);
       channels[i] = t.channels;
     }
@@ -201,10 +208,103 @@ class Plan::Reader {
   void read_upsample(const UpsampleWords& w) {
     const Tensor &in = read(w.in), &out = write(w.out);
     const int factor = in.level - out.level;
-    check(in.channels == out.channels && factor >= 0 && factor <= 3, "step ", step_, " upsamples level ", in.level,
-          " to ", out.level, " and ", in.channels, " channels to ", out.channels);
+    check(in.channels == out.channels && factor >= 0 && factor <= 3 && in.level != vector, "step ", step_,
+          " upsamples level ", in.level, " to ", out.level, " and ", in.channels, " channels to ", out.channels);
     check(w.in != 0 && w.out + 1 == plan_.tensors_.size(), "step ", step_, " upsamples something else than the result");
     plan_.steps_.emplace_back(Upsample{w.in, w.out, int64_t(1) << factor});
+  }
+
+  // Tensors of the steps on dense maps, which have channels. The image has no room behind its planes.
+  const Tensor& read_dense(uint32_t index, bool image_too = false) {
+    const Tensor& t = read(index);
+    check(t.dense || (index == 0 && image_too), "step ", step_, " reads tensor ", index, ", which is no dense map");
+    return t;
+  }
+  Tensor& write_dense(uint32_t index) {
+    write(index);
+    Tensor& t = plan_.tensors_[index];
+    check(t.channels > 0, "step ", step_, " writes a tensor without channels");
+    t.dense = true;
+    return t;
+  }
+  Activation activation(uint32_t word) {
+    check(word <= static_cast<uint32_t>(Activation::hardswish), "step ", step_, " has unknown activation ", word);
+    return static_cast<Activation>(word);
+  }
+  // The stride between two maps; the work may need even sizes one level further down than the tensors do.
+  void check_levels(const Tensor& in, const Tensor& out, uint32_t stride) {
+    check(stride == 1 || stride == 2, "step ", step_, " has stride ", stride);
+    check(in.level != vector && out.level == in.level + (stride == 2), "step ", step_, " goes from level ", in.level,
+          " to ", out.level);
+  }
+  const float* pack_conv(int64_t outs, int64_t taps, uint32_t weight) {
+    const float* from = floats(weight, outs * taps);
+    float* to = packed(outs * taps);
+    plan_.kernels_.pack_conv(outs, taps, from, to);
+    return to;
+  }
+
+  void read_conv(const ConvWords& w) {
+    Conv conv{{}, w.in, w.out, w.up, w.gate, w.add};
+    ConvStep& step = conv.step;
+    check(w.kernel == 1 || w.kernel == 3, "step ", step_, " has a kernel of size ", w.kernel);
+    const Tensor& in = read_dense(w.in, w.kernel == 3);
+    const auto optional = [&](uint32_t index) { return index == none ? nullptr : &read_dense(index); };
+    const Tensor *up = optional(w.up), *gate = optional(w.gate), *add = optional(w.add);
+    const Tensor& out = write_dense(w.out);  // after the reads: it is none of them
+    check_levels(in, out, w.stride);
+    check(w.dilation >= 1 && w.dilation <= 64 && (w.dilation == 1 || w.stride == 1), "step ", step_, " has dilation ",
+          w.dilation);
+    check(w.fusion <= static_cast<uint32_t>(ConvStep::Fusion::add) && (w.fusion != 0) == (w.up != none), "step ", step_,
+          " has unknown fusion ", w.fusion);
+    check(w.kernel == 3 ? w.gate == none && w.add == none && (w.up == none || w.stride == 1)
+                        : w.up == none && w.stride == 1,
+          "step ", step_, " has parts that a convolution of its kind has not");
+    step.kernel = w.kernel, step.stride = w.stride, step.dilation = w.dilation;
+    step.in_channels = in.channels, step.out_channels = out.channels;
+    step.fusion = static_cast<ConvStep::Fusion>(w.fusion), step.activation = activation(w.activation);
+    check(up == nullptr || (up->channels == in.channels && up->level >= in.level && up->level <= in.level + 3), "step ",
+          step_, " fuses another shape");
+    check(gate == nullptr || (gate->level == vector && gate->channels == in.channels), "step ", step_,
+          " has a gate of another shape");
+    check(add == nullptr || (add->level == out.level && add->channels == out.channels), "step ", step_,
+          " adds another shape");
+    step.packed = pack_conv(out.channels, in.channels * w.kernel * w.kernel, w.weight);
+    step.bias = optional_floats(w.bias, out.channels);
+    plan_.steps_.emplace_back(conv);
+  }
+
+  void read_depthwise(const DepthwiseWords& w) {
+    Depthwise depthwise{{}, w.in, w.out};
+    DepthwiseStep& step = depthwise.step;
+    const Tensor &in = read_dense(w.in), &out = write_dense(w.out);
+    check(w.kernel == 3 || w.kernel == 5, "step ", step_, " has a kernel of size ", w.kernel);
+    check_levels(in, out, w.stride);
+    step.kernel = w.kernel, step.stride = w.stride, step.in_channels = in.channels, step.channels = out.channels;
+    step.activation = activation(w.activation);
+    if (w.expand_weight != none) {
+      step.packed = pack_conv(out.channels, in.channels, w.expand_weight);
+      step.expand_bias = floats(w.expand_bias, out.channels);
+    } else {
+      check(in.channels == out.channels, "step ", step_, " has ", in.channels, " channels and ", out.channels);
+    }
+    step.weight = floats(w.weight, out.channels * w.kernel * w.kernel), step.bias = floats(w.bias, out.channels);
+    plan_.steps_.emplace_back(depthwise);
+  }
+
+  void read_gate(const GateWords& w) {
+    Gate gate{{}, w.in, w.out};
+    GateStep& step = gate.step;
+    const Tensor &in = read_dense(w.in), &out = write_dense(w.out);
+    check(in.level != vector && out.level == vector && in.channels == out.channels, "step ", step_,
+          " gates another tensor");
+    check(w.squeezed >= 1 && w.squeezed <= most_entries, "step ", step_, " squeezes to ", w.squeezed, " channels");
+    step.channels = in.channels, step.squeezed = w.squeezed;
+    step.reduce = floats(w.weight, in.channels * w.squeezed), step.reduce_bias = floats(w.bias, w.squeezed);
+    step.expand = floats(w.expand_weight, in.channels * w.squeezed);
+    step.expand_bias = floats(w.expand_bias, in.channels);
+    step.slope = *floats(w.slope, 1);
+    plan_.steps_.emplace_back(gate);
   }
 
   Plan& plan_;
@@ -231,10 +331,10 @@ Plan::Plan(const void* data, size_t size) : kernels_(map_kernels()) {
   for (uint32_t i = 0; i < header_.tensors; ++i, p += sizeof(TensorEntry)) {
     TensorEntry entry;
     std::memcpy(&entry, p, sizeof(entry));
-    check(entry.channels <= most_entries && entry.level <= most_level, "tensor ", i, " has ", entry.channels,
-          " channels at level ", entry.level);
+    check(entry.channels <= most_entries && (entry.level <= most_level || entry.level == vector), "tensor ", i, " has ",
+          entry.channels, " channels at level ", entry.level);
     tensors_.push_back(Tensor{entry.channels, static_cast<int>(entry.level)});
-    deepest_ = std::max(deepest_, static_cast<int>(entry.level));
+    if (entry.level != vector) deepest_ = std::max(deepest_, static_cast<int>(entry.level));
   }
   const Tensor &image = tensors_.front(), &result = tensors_.back();
   check(image.level == 0 && image.channels >= 1 && image.channels <= most_image_channels, "the image has ",

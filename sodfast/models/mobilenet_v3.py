@@ -1,5 +1,7 @@
 """MobileNetV3-Large as an encoder: four features, no classifier (Howard et al., ICCV 2019)."""
 
+from typing import Any, cast
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,6 +43,10 @@ class SqueezeExcitation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate = self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True))))
         return x * (self.slope * gate + 0.5).clamp(0, 1)
+
+    def add_to(self, plan: Any, x: Any) -> Any:
+        """Add the gate alone to a :class:`sodfast.plan.PlanBuilder`."""
+        return plan.gate(x, self.reduce, self.expand, self.slope)
 
 
 class Unit(nn.Module):
@@ -88,6 +94,15 @@ class Unit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.project(self.squeeze(self.depthwise(self.expand(x))))
         return x + y if self.shortcut else y
+
+    def add_to(self, plan: Any, x: Any) -> Any:
+        """Add the fused unit to a :class:`sodfast.plan.PlanBuilder`."""
+        expand = self.expand[0] if isinstance(self.expand, nn.Sequential) else None
+        y = plan.depthwise(x, expand, self.depthwise[0], self.depthwise[-1])
+        gate = None
+        if isinstance(self.squeeze, SqueezeExcitation):
+            gate = self.squeeze.add_to(plan, y)
+        return plan.conv(y, self.project[0], gate=gate, add=x if self.shortcut else None)
 
 
 class MobileNetV3Large(nn.Module):
@@ -144,6 +159,16 @@ class MobileNetV3Large(nn.Module):
         features = []
         for number, unit in enumerate(self.units):
             x = unit(x)
+            if number in TAPS:
+                features.append(x)
+        return features
+
+    def add_to(self, plan: Any, image: Any) -> list[Any]:
+        """Add the fused encoder to a :class:`sodfast.plan.PlanBuilder`."""
+        x = plan.conv(image, self.stem[0], self.stem[-1])
+        features = []
+        for number, unit in enumerate(self.units):
+            x = cast(Unit, unit).add_to(plan, x)
             if number in TAPS:
                 features.append(x)
         return features

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +117,18 @@ class SCFNet(_EncoderDecoder):
         if self.training:
             return self._maps(results, image)
         return self._maps(results[:1], image)[0]
+
+    def add_to(self, plan: Any, image: Any) -> Any:
+        """Add the fused network to a :class:`sodfast.plan.PlanBuilder`: the main map."""
+        encoder: Any = self.encoder
+        if not hasattr(encoder, "add_to"):
+            raise NotImplementedError(f"a plan has no {type(encoder).__name__}")
+        encoded = encoder.add_to(plan, image)
+        features = [cast(Any, conv).add_to(plan, x) for conv, x in zip(self.reduce, encoded)]
+        deep = high = self.deepen.add_to(plan, features.pop())
+        for fusion in self.fusions:
+            high = cast(Any, fusion).add_to(plan, features.pop(), high, deep)
+        return plan.upsample(plan.conv(high, self.heads[0]))
 
     def maps(self, image: Tensor) -> list[Tensor]:
         """All four logit maps (B, 1, H, W), the main one first, in either mode."""

@@ -1,5 +1,7 @@
 """SCFM, the semantics-guided contextual fusion module of KD-SCFNet (section 3.2)."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,6 +26,10 @@ class ConvBNReLU(nn.Sequential):
         conv = nn.Conv2d(in_channels, out_channels, 3, padding=dilation, dilation=dilation)
         init_decoder(conv)
         super().__init__(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
+
+    def add_to(self, plan: Any, x: Any, up: Any = None, multiply: bool = True) -> Any:
+        """Add the fused layer to a :class:`sodfast.plan.PlanBuilder`; up: as of its ``conv``."""
+        return plan.conv(x, self[0], self[-1], up=up, multiply=multiply)
 
 
 def init_decoder(conv: nn.Conv2d) -> None:
@@ -71,6 +77,14 @@ class SCFM(nn.Module):
             a = self.conv_high(high * _resize(deep, high)) + high
             b = self.conv_low(low * _resize(deep, low)) + low
         return self.conv_out(ops.scfm(b, a, multiply=False))
+
+    def add_to(self, plan: Any, low: Any, high: Any, deep: Any) -> Any:
+        """Add the fused module to a :class:`sodfast.plan.PlanBuilder`."""
+        if self.form != "code":
+            raise NotImplementedError(f"a plan has no SCFM of form {self.form!r}")
+        a = self.conv_high.add_to(plan, high, deep)
+        b = self.conv_low.add_to(plan, low, high)
+        return self.conv_out.add_to(plan, b, a, multiply=False)
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}"

@@ -196,8 +196,8 @@ def info() -> str:
         elif name == "cpu" and _C is not None:
             build = _C.build_info()
             lines.append(
-                f"cpu: compiled kernels run as {_C.cpu_isa()} (this machine and build offer "
-                f"{', '.join(_C.cpu_isas())}; version {build['version']}, built by "
+                f"cpu: compiled kernels and plans run as {_C.cpu_isa()} (this machine and build "
+                f"offer {', '.join(_C.cpu_isas())}; version {build['version']}, built by "
                 f"{build['compiler']})."
             )
             if _C.cpu_isa_unknown():
