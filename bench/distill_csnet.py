@@ -3,9 +3,9 @@
     python bench/distill_csnet.py --data DUTS-TR --val ECSSD -o OUT [--seeds 3] [--set KEY=VALUE]
 
 One half of the training pairs (by the hash of their names) keeps its labels, of the other half
-only the photos are used. A teacher, CSNet x1, learns from the labelled half. Then for each seed
-the student of the recipe kd-csnet learns twice, with the same settings, pictures per step and
-number of steps (within an epoch, labels alone never fewer):
+only the photos are used. A teacher, CSNet x1 at 112 x 112, learns from the labelled half. Then for
+each seed the student of the recipe kd-csnet learns twice, with the same settings, pictures per
+step and number of steps (within an epoch, labels alone never fewer):
 
     labels alone    batches of labelled pictures
     distilled       batches half of labelled pictures, half of unlabelled ones with the teacher's
@@ -73,7 +73,8 @@ def main() -> None:
 
     teacher = Path(arguments.teacher or out / "teacher" / "weights.safetensors")
     if arguments.teacher is None:
-        changes = [*arguments.set, "config.width=1.0", f"epochs={arguments.teacher_epochs}"]
+        wider = ["config.width=1.0", "size=112", f"epochs={arguments.teacher_epochs}"]
+        changes = [*arguments.set, *wider]
         recipe = load_recipe("kd-csnet", changes)
         once(out / "teacher", lambda: train(recipe, labelled, out / "teacher", **options))
 
