@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +21,13 @@ from sodfast.distill import Teacher, distill
 from sodfast.evaluate import FLAT_DEPTH, evaluate_network
 from sodfast.export import export
 from sodfast.fuse import fuse
+from sodfast.models import input_channels
 from sodfast.nn import DynamicDistillationLoss
 from sodfast.optim import parameter_groups
 from sodfast.plan import Plan, load_plan
 from sodfast.predict import Predictor
 from sodfast.recipe import Recipe, load_recipe
-from sodfast.runlog import read_log, read_teaching
+from sodfast.runlog import Losses, read_log, read_teaching
 from sodfast.schedule import learning_rate, split_biases
 from sodfast.train import train
 from sodfast.validation import validate
@@ -104,6 +106,29 @@ def test_weights_that_a_run_starts_from_decide_on_depth(
     plain = load_recipe("rgbd-csnet", [*SMALL, CE, "config.in_channels=3"])
     train(plain, scenes, tmp_path, cache_folder=cache, progress=False, init=weights)
     assert sodfast.load(tmp_path / "weights.safetensors").config["in_channels"] == 4
+
+
+def test_depth_is_found_where_the_recipe_does_not_say_it(
+    scenes: Path, cache: Path, tmp_path: Path
+) -> None:
+    """fpn-rgbd takes it by default."""
+    small = load_recipe("rgbd-teacher", [*SMALL[:2], "epochs=1", "batch_size=15", "held_out=0.0"])
+    recipe = replace(small, config={"encoder": "vgg16", "channels": 2})
+    train(recipe, scenes, tmp_path, cache_folder=cache, progress=False)
+    assert sodfast.load(tmp_path / "weights.safetensors").config["in_channels"] == 4
+    for name in sodfast.list_models():
+        assert input_channels(name, {"in_channels": 5}) == 5
+        assert input_channels(name, {}) == (4 if name == "fpn-rgbd" else 3)
+
+
+def test_what_was_not_read_yet_is_read_at_the_end(
+    weights: Path, scenes: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU losses are read 16 at a time; epochs need not end with a validation."""
+    monkeypatch.setattr(sodfast.train, "Losses", lambda _: Losses(16))
+    recipe = load_recipe("rgbd-csnet", [*SMALL, "validate_every=9", "log_every=99"])
+    distill(recipe, weights, None, tmp_path, scenes, cache_folder=cache, progress=False)
+    assert len(read_teaching(tmp_path)) == read_log(tmp_path, "start")[0]["steps"] == 8
 
 
 def test_validation_sees_depth(weights: Path, scenes: Path, cache: Path) -> None:
