@@ -202,6 +202,24 @@ def test_predict_command(command: Command, weights: Path, scenes: Path, tmp_path
     assert single.returncode == 2 and "pictures from files only" in single.stderr
 
 
+def test_options_without_a_meaning_are_refused_before_the_work(
+    command: Command, scenes: Path, tmp_path: Path
+) -> None:
+    for channels in (3, 4):
+        network = sodfast.create_model("csnet", width=0.2, in_channels=channels)
+        sodfast.save(network.eval(), tmp_path / f"{channels}.safetensors")
+    turned = command(
+        "eval", "--weights", str(tmp_path / "3.safetensors"), "--data", str(scenes), "--distance"
+    )
+    assert turned.returncode == 2 and "--distance has no meaning: " in turned.stderr
+    pruned = command(
+        "prune", str(tmp_path / "4.safetensors"), "-o", str(tmp_path / "p.safetensors"),
+        "--images", str(scenes / "images"),
+    )  # fmt: skip
+    assert pruned.returncode == 2 and "--images: " in pruned.stderr
+    assert not (tmp_path / "p.safetensors").exists()
+
+
 def test_evaluation_reads_depth_and_notes_what_is_constant(
     command: Command, weights: Path, tmp_path: Path
 ) -> None:
