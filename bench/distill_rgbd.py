@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import time
@@ -41,7 +42,7 @@ from sodfast import Predictor, count, load  # noqa: E402
 from sodfast.data.folders import find_pairs  # noqa: E402
 from sodfast.data.grey import read_grey  # noqa: E402
 from sodfast.data.synth import write_scenes  # noqa: E402
-from sodfast.data.synth_depth import DAMAGES, read_damage  # noqa: E402
+from sodfast.data.synth_depth import DAMAGES, damage_of, read_damage  # noqa: E402
 from sodfast.evaluate import evaluate_network  # noqa: E402
 from sodfast.metrics import Scores  # noqa: E402
 from sodfast.pictures import read_image  # noqa: E402
@@ -106,14 +107,16 @@ def arms(fixed: list[float]) -> dict[str, list[str]]:
 
 
 def scenes(folder: Path, n: int, seed: int, damage: float) -> Path:
-    if not (folder / "damage.csv").is_file():  # which is written last
-        for path in sorted(folder.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
+    if not folder.exists():
+        part = folder.with_name(f"{folder.name}.part")  # of a run that was killed
+        shutil.rmtree(part, ignore_errors=True)
         with tqdm(total=n, unit="scene", desc=folder.name, disable=None) as bar:
-            write_scenes(folder, n, seed, depth=True, size=160, step=bar.update, damage=damage)
-    found = len(read_damage(folder / "damage.csv"))
-    if found != n:
-        sys.exit(f"{folder} holds {found} scenes, not {n}: choose another -o")
+            write_scenes(part, n, seed, depth=True, size=160, step=bar.update, damage=damage)
+        part.rename(folder)
+    wanted = {f"{i:06d}": damage_of(seed, i, damage) for i in range(n)}
+    listed = folder / "damage.csv"
+    if not listed.is_file() or read_damage(listed) != wanted:
+        sys.exit(f"{folder} holds other scenes than these {n}: choose another -o")
     return folder
 
 

@@ -86,8 +86,20 @@ def plan(
             each = load_recipe(recipe, [*settings, *words])
             if ablation.dynamic and each.loss == "dkd":
                 teacher = os.fspath(teachers[0])
+                _check_weights(each, varied)
             runs.append(Run(series, point, seed, folder, each, teacher))
     return runs
+
+
+def _check_weights(recipe: Recipe, varied: dict[str, Any]) -> None:
+    """ValueError where the shared recipe leaves a run of dynamic distillation another one."""
+    if "fixed_weight" in recipe.dkd and "dkd.fixed_weight" not in varied:
+        raise ValueError(
+            f"the recipe has dkd.fixed_weight = {recipe.dkd['fixed_weight']}, so that nothing is "
+            "dynamic: take one without it"
+        )
+    if not recipe.dkd.get("threshold", True) and set(varied) == {"loss"}:
+        raise ValueError("the recipe has dkd.threshold = 0, no noise elimination: take one with it")
 
 
 def ablate(
@@ -131,7 +143,8 @@ def ablate(
         _draw(ablation, rows, [run for run, _ in done], folder)
     if ablation.dynamic and done:
         first = {run.label: folder / run.folder for run, _ in reversed(done)}  # of the first seed
-        draw_all({run.label: first[run.label] for run, _ in done}, folder, val)
+        places = {run.label: first[run.label] for run, _ in done}
+        draw_all(places, folder, val, done[0][0].recipe.disparity)
     return rows
 
 

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from .data.folders import Pair, find_data
-from .data.grey import read_grey
-from .evaluate import evaluate_network
+from .data.grey import read_depth, read_grey
+from .evaluate import Evaluation, evaluate_network
 from .pictures import read_image
 from .plot import COLOURS, draw_curves, require_matplotlib, save_figure, tidy
 from .predict import Predictor
 from .runlog import read_teaching
+from .weights import atomic_write
 
 __all__ = ["draw_all", "draw_heat", "draw_scatter"]
 
@@ -27,41 +28,61 @@ PICTURES = 6
 
 
 def draw_all(
-    runs: Mapping[str, Path], folder: Path, val: str | os.PathLike[str] | None = None
+    runs: Mapping[str, Path],
+    folder: Path,
+    val: str | os.PathLike[str] | None = None,
+    disparity: bool = True,
 ) -> list[Path]:
-    """scatter.png of the runs that distilled, and with `val` curves.png and heat.png of all.
+    """scatter.png of the runs that distilled, and with `val` scores.md, the paper's figures of
+    every run, and curves.png and heat.png of all.
 
     runs: label to the run's folder. val: pairs (with depth maps where a network takes them).
-    Returns what was drawn; without matplotlib nothing is, and a warning says so. Raises what
-    reading `val` raises.
+    disparity: what the depth maps are, see `sodfast.data.grey.read_depth`. Returns what was
+    written; without matplotlib no pictures are, and a warning says so. Raises what reading `val`
+    raises.
     """
-    drawn = []
+    written = []
+    predictors: dict[str, Predictor] = {}
+    evaluations = []
+    if val is not None:
+        for label, place in runs.items():
+            predictors[label] = Predictor(place / "weights.safetensors", disparity=disparity)
+            evaluations.append(evaluate_network(predictors[label], val))
+            evaluations[-1].name = label
+        written.append(folder / "scores.md")
+        with atomic_write(written[-1]) as file:
+            file.write(_as_markdown(evaluations).encode())
     try:
         require_matplotlib()
     except ImportError as error:  # an extra; the tables say the same
         print(f"sodfast: warning: {error}", file=sys.stderr)
-        return []
+        return written
     taught = {label: read_teaching(place) for label, place in runs.items()}
     taught = {label: lines for label, lines in taught.items() if lines}
     if taught:
-        drawn.append(folder / "scatter.png")
-        draw_scatter(taught, drawn[-1])
+        written.append(folder / "scatter.png")
+        draw_scatter(taught, written[-1])
     if val is not None:
-        predictors = {
-            label: Predictor(place / "weights.safetensors") for label, place in runs.items()
-        }
-        evaluations = []
-        for label, predictor in predictors.items():
-            evaluations.append(evaluate_network(predictor, val))
-            evaluations[-1].name = label
-        drawn.append(folder / "curves.png")
-        draw_curves(evaluations, drawn[-1], ("pysodmetrics",))
+        written.append(folder / "curves.png")
+        draw_curves(evaluations, written[-1], ("pysodmetrics",))
         depth = any(predictor.channels == 4 for predictor in predictors.values())
         pairs = find_data(val, depth=depth).pairs
         pairs.sort(key=lambda pair: hashlib.sha256(pair.name.encode()).digest())
-        drawn.append(folder / "heat.png")
-        draw_heat(predictors, pairs[:PICTURES], drawn[-1])
-    return drawn
+        written.append(folder / "heat.png")
+        draw_heat(predictors, pairs[:PICTURES], written[-1])
+    return written
+
+
+def _as_markdown(evaluations: Sequence[Evaluation]) -> str:
+    """A row per run: mean F, weighted F and MAE, as in the paper's tables 3 and 5."""
+    lines = ["| | mean F | weighted F | MAE |", "|---|---:|---:|---:|"]
+    for evaluation in evaluations:
+        figures = evaluation.scores.figures()["pysodmetrics"]
+        values = " | ".join(f"{figures[name]:.4f}" for name in ("mean_f", "weighted_f", "mae"))
+        lines.append(f"| {evaluation.name} | {values} |")
+    images = evaluations[0].scores.images
+    lines += ["", f"{images} pictures at their own size (PySODMetrics), the first seed's weights."]
+    return "\n".join(lines) + "\n"
 
 
 def draw_scatter(
@@ -115,7 +136,8 @@ def draw_heat(
     for row, pair in zip(panels, pairs):
         cells: list[tuple[np.ndarray, str]] = [(read_image(pair.image), "gray")]
         if pair.depth is not None:
-            cells.append((read_grey(pair.depth), "gray"))
+            meant = next(iter(predictors.values())).disparity
+            cells.append((read_depth(pair.depth, meant), "gray"))
         cells.append((read_grey(pair.mask), "gray"))
         for predictor in predictors.values():
             given = pair.depth if predictor.channels == 4 else None

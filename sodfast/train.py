@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .launch import Launch
-from .models import count, create_model
+from .models import count, create_model, input_channels
 from .objective import Objective
 from .optim import DynamicWeightDecay, parameter_groups
 from .prune import estimate_statistics, prune
@@ -75,7 +75,8 @@ def train(
     `run`. init: start from these weights, in their configuration. device: None takes a GPU
     where there is one. cache_folder, skip_bad: see `sodfast.data.cache.build_cache`.
     teacher, images: see `sodfast.distill.distill`; data may then be None. A network with four
-    input channels (`config.in_channels`) learns from depth maps too, which `data` must hold.
+    input channels (`config.in_channels`, the default of fpn-rgbd) learns from depth maps too, which
+    `data` must hold.
 
     Raises ValueError and FileNotFoundError for what is wrong with the arguments or the data,
     TrainingError for a loss that is not finite or a full disk.
@@ -87,10 +88,11 @@ def train(
             if not resume and checkpoint.list_checkpoints(run):
                 raise ValueError(f"{run} holds a run already: --resume goes on with it")
             checkpoint.clean(run)
-        config: Any = recipe.config if init is None else load(init).config
+        base: Any = None if init is None else load(init)
+        name, config = (recipe.model, recipe.config) if base is None else (base.name, base.config)
         sources = open_sources(
             recipe, trainer.launch, data, val, images, teacher, cache_folder, skip_bad, progress,
-            config.get("in_channels", 3),
+            input_channels(name, config),
         )  # fmt: skip
         trainer.start(sources, init)
         try:
@@ -260,6 +262,7 @@ class Trainer:
                 save_now = True
             if save_now:
                 self.save_checkpoint()
+        self.read_losses(recipe.size)
         if self.must_eliminate(1.0):  # no fine-tuning was asked for
             self.eliminate(1.0)
         bar.close()

@@ -12,6 +12,8 @@ from sodfast.ablate import ablate, as_markdown, plan
 from sodfast.ablations import ABLATIONS, Ablation
 from sodfast.cli import main
 from sodfast.data.synth import write_scenes
+from sodfast.evaluate import evaluate_network
+from sodfast.predict import Predictor
 from sodfast.recipe import load_recipe
 from sodfast.runlog import read_log
 
@@ -165,6 +167,16 @@ def test_the_rows_of_the_papers_table() -> None:
         plan(ABLATIONS["rgbd"])
     with pytest.raises(ValueError, match="needs one teacher, got 2"):
         plan(ABLATIONS["rgbd"], teachers=["a.safetensors", "b.safetensors"])
+    with pytest.raises(ValueError, match="has dkd.fixed_weight = 0.5, so that nothing is dynamic"):
+        plan(ABLATIONS["rgbd"], "rgbd-fixed", teachers=["t.safetensors"])
+    with pytest.raises(ValueError, match="has dkd.threshold = 0, no noise elimination"):
+        plan(ABLATIONS["rgbd"], "rgbd-dkd", teachers=["t.safetensors"])
+
+
+def table(folder: Path) -> list[list[str]]:
+    """The cells of scores.md."""
+    lines = (folder / "scores.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:] if "|" in line]
 
 
 def test_dynamic_distillation_makes_its_table_and_pictures(tmp_path: Path) -> None:
@@ -174,7 +186,8 @@ def test_dynamic_distillation_makes_its_table_and_pictures(tmp_path: Path) -> No
     teacher = tmp_path / "teacher.safetensors"
     sodfast.save(sodfast.create_model("csnet", width=0.2, in_channels=4).eval(), teacher)
     small = [
-        "config.width=0.2", "size=32", "cache_size=32", "epochs=1", "batch_size=6", "held_out=0.0"
+        "config.width=0.2", "size=32", "cache_size=32", "epochs=1", "batch_size=6", "held_out=0.0",
+        "disparity=false",
     ]  # fmt: skip
     ablation = ABLATIONS["rgbd"]
     runs = plan(ablation, "rgbd-csnet", small, teachers=[teacher])
@@ -186,6 +199,12 @@ def test_dynamic_distillation_makes_its_table_and_pictures(tmp_path: Path) -> No
     for name in pictures:
         with Image.open(tmp_path / "out" / name) as image:
             assert min(image.size) > 200 and image.convert("L").getextrema()[0] < 128
+    # The networks are scored as `sodfast eval` does it, with depth as they have learned it.
+    for label, line in zip(("RGB", "fixed, s 0.5", "dynamic"), table(tmp_path / "out")):
+        place = next(tmp_path / "out" / run.folder for run in chosen if run.label == label)
+        predictor = Predictor(place / "weights.safetensors", disparity=False)
+        figures = evaluate_network(predictor, tmp_path / "val").scores.figures()["pysodmetrics"]
+        assert line == [label, *(f"{figures[f]:.4f}" for f in ("mean_f", "weighted_f", "mae"))]
     # Two of the three were taught: two panels; photo, depth, truth and three maps in six rows.
     wide = {name: Image.open(tmp_path / "out" / name).size for name in pictures}
     assert wide["scatter.png"][0] > 1.5 * wide["scatter.png"][1]

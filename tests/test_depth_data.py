@@ -53,6 +53,24 @@ def test_wider_maps_use_the_whole_range_and_nothing_measured_is_far(
     assert read_depth(tmp_path / "d.tif", disparity=False).tolist() == [[0, 255], [128, 1]]
 
 
+@pytest.mark.parametrize("disparity", [True, False])
+def test_one_distance_is_told_from_nothing_measured(tmp_path: Path, disparity: bool) -> None:
+    Image.fromarray(np.array([[0, 700], [700, 0]], np.uint16)).save(tmp_path / "d.png")
+    assert read_depth(tmp_path / "d.png", disparity).tolist() == [[0, 255], [255, 0]]
+
+
+def test_a_depth_map_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    grain = np.random.default_rng(0).integers(0, 256, (40, 40)).astype(np.uint8)
+    Image.fromarray(grain).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:800])
+    (tmp_path / "text.png").write_text("no picture")
+    for name, reason in (("cut.png", "truncated|broken"), ("text.png", "not a picture")):
+        with pytest.raises(ValueError, match=f"the depth map .*{name}: .*({reason})"):
+            read_depth(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        read_depth(tmp_path / "none.png")
+
+
 def test_a_map_with_nothing_in_it_stays_constant(tmp_path: Path) -> None:
     for value in (0, 700):
         Image.fromarray(np.full((3, 4), value, np.uint16)).save(tmp_path / "d.png")
@@ -77,6 +95,7 @@ def test_a_map_with_nothing_in_it_stays_constant(tmp_path: Path) -> None:
         (("image", "ground_truth", "depth_maps"), ("", "_GT", "_depth")),  # LFSD
         (("left", "mask", "disparity"), ("_left", "", "")),  # STERE
         (("LI", "GT", "Depth maps"), ("", "", "")),
+        (("RGB", "GT", "Depth_Images"), ("", "", "")),
     ],
 )
 def test_the_usual_names(tmp_path: Path, folders: tuple[str, ...], tails: tuple[str, ...]) -> None:
@@ -107,6 +126,9 @@ def test_find_depth(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     with pytest.raises(ValueError, match="no depth maps"):
         find_depth(tmp_path / "b")
+    Image.new("L", (4, 4)).save(tmp_path / "a" / "1_depth.bmp")
+    with pytest.raises(ValueError, match="two depth maps are named 'a/1_depth'.*bmp and .*png"):
+        find_depth(tmp_path)
 
 
 # ---- the cache and the batches -------------------------------------------------------------------

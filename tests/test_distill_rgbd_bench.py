@@ -48,6 +48,22 @@ def test_precision_and_recall_are_of_the_last_epoch(script: Any, tmp_path: Path)
     assert found["mean_alpha_intact"] == 0.5 and found["mean_alpha_damaged"] == pytest.approx(0.5)
 
 
+def test_scenes_are_made_once_and_nothing_else_is_touched(script: Any, tmp_path: Path) -> None:
+    (tmp_path / "scenes.part").mkdir()
+    (tmp_path / "scenes.part" / "half.png").touch()
+    made = script.scenes(tmp_path / "scenes", 4, 1, 0.5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scenes"]
+    assert script.scenes(made, 4, 1, 0.5) == made
+    for n, damage in ((4, 0.0), (5, 0.5)):
+        with pytest.raises(SystemExit, match="holds other scenes"):
+            script.scenes(made, n, 1, damage)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.jpg").touch()
+    with pytest.raises(SystemExit, match="holds other scenes"):
+        script.scenes(tmp_path / "photos", 4, 1, 0.5)
+    assert (tmp_path / "photos" / "mine.jpg").is_file()
+
+
 def test_the_arms_differ_in_the_loss_alone(script: Any) -> None:
     arms = {
         name: load_recipe(script.RECIPE, settings).as_dict()

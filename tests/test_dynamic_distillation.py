@@ -260,6 +260,34 @@ def test_bad_options_are_refused(options, message):
         DynamicDistillationLoss(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"p": "abc"}, "p must be a number, not 'abc'"),
+        ({"threshold": "none"}, "threshold must be a number, not 'none'"),
+        ({"epsilon": None}, "epsilon must be a number, not None"),
+        ({"temperature": True}, "temperature must be a number, not True"),
+        ({"temperature_squared": "no"}, "temperature_squared must be a bool, not 'no'"),
+    ],
+)
+def test_options_of_another_type_are_refused_by_name(options, message):
+    with pytest.raises(TypeError, match=message):
+        DynamicDistillationLoss(**options)
+
+
+def test_integers_are_refused_and_a_truth_of_bool_is_taken(backend, device):
+    """A truth of 0 and 255 would have an IoU above 1."""
+    logits = torch.randn(2, 1, 8, 8, device=device)
+    truth = torch.rand(2, 1, 8, 8, device=device) > 0.5
+    criterion = DynamicDistillationLoss()
+    for place, name in enumerate(("student_logits", "teacher_logits", "truth")):
+        maps = [logits, logits, truth.float()]
+        maps[place] = maps[place].to(torch.uint8)
+        with pytest.raises(TypeError, match=f"{name} must be floating point, not torch.uint8"):
+            criterion(*maps)
+    assert criterion(logits, logits, truth).loss == criterion(logits, logits, truth.float()).loss
+
+
 def test_maps_that_do_not_fit_are_refused(backend, device):
     maps = torch.zeros(2, 1, 4, 5, device=device)
     criterion = DynamicDistillationLoss()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +21,13 @@ from sodfast.distill import Teacher, distill
 from sodfast.evaluate import FLAT_DEPTH, evaluate_network
 from sodfast.export import export
 from sodfast.fuse import fuse
+from sodfast.models import input_channels
 from sodfast.nn import DynamicDistillationLoss
 from sodfast.optim import parameter_groups
 from sodfast.plan import Plan, load_plan
 from sodfast.predict import Predictor
 from sodfast.recipe import Recipe, load_recipe
-from sodfast.runlog import read_log, read_teaching
+from sodfast.runlog import Losses, read_log, read_teaching
 from sodfast.schedule import learning_rate, split_biases
 from sodfast.train import train
 from sodfast.validation import validate
@@ -106,6 +108,29 @@ def test_weights_that_a_run_starts_from_decide_on_depth(
     assert sodfast.load(tmp_path / "weights.safetensors").config["in_channels"] == 4
 
 
+def test_depth_is_found_where_the_recipe_does_not_say_it(
+    scenes: Path, cache: Path, tmp_path: Path
+) -> None:
+    """fpn-rgbd takes it by default."""
+    small = load_recipe("rgbd-teacher", [*SMALL[:2], "epochs=1", "batch_size=15", "held_out=0.0"])
+    recipe = replace(small, config={"encoder": "vgg16", "channels": 2})
+    train(recipe, scenes, tmp_path, cache_folder=cache, progress=False)
+    assert sodfast.load(tmp_path / "weights.safetensors").config["in_channels"] == 4
+    for name in sodfast.list_models():
+        assert input_channels(name, {"in_channels": 5}) == 5
+        assert input_channels(name, {}) == (4 if name == "fpn-rgbd" else 3)
+
+
+def test_what_was_not_read_yet_is_read_at_the_end(
+    weights: Path, scenes: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU losses are read 16 at a time; epochs need not end with a validation."""
+    monkeypatch.setattr(sodfast.train, "Losses", lambda _: Losses(16))
+    recipe = load_recipe("rgbd-csnet", [*SMALL, "validate_every=9", "log_every=99"])
+    distill(recipe, weights, None, tmp_path, scenes, cache_folder=cache, progress=False)
+    assert len(read_teaching(tmp_path)) == read_log(tmp_path, "start")[0]["steps"] == 8
+
+
 def test_validation_sees_depth(weights: Path, scenes: Path, cache: Path) -> None:
     model, rows = sodfast.load(weights), np.arange(10)
     both = [
@@ -175,6 +200,24 @@ def test_predict_command(command: Command, weights: Path, scenes: Path, tmp_path
     assert plain.returncode == 2 and "csnet-fast takes RGB alone" in plain.stderr
     single = command("predict", "-", "--weights", str(weights))
     assert single.returncode == 2 and "pictures from files only" in single.stderr
+
+
+def test_options_without_a_meaning_are_refused_before_the_work(
+    command: Command, scenes: Path, tmp_path: Path
+) -> None:
+    for channels in (3, 4):
+        network = sodfast.create_model("csnet", width=0.2, in_channels=channels)
+        sodfast.save(network.eval(), tmp_path / f"{channels}.safetensors")
+    turned = command(
+        "eval", "--weights", str(tmp_path / "3.safetensors"), "--data", str(scenes), "--distance"
+    )
+    assert turned.returncode == 2 and "--distance has no meaning: " in turned.stderr
+    pruned = command(
+        "prune", str(tmp_path / "4.safetensors"), "-o", str(tmp_path / "p.safetensors"),
+        "--images", str(scenes / "images"),
+    )  # fmt: skip
+    assert pruned.returncode == 2 and "--images: " in pruned.stderr
+    assert not (tmp_path / "p.safetensors").exists()
 
 
 def test_evaluation_reads_depth_and_notes_what_is_constant(

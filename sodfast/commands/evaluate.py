@@ -193,6 +193,8 @@ def evaluate_weights(
         predictor = Predictor(weights, size=size, disparity=disparity)
     except ValueError as error:
         raise (UsageError if size else WorkError)(error) from error
+    if not disparity and predictor.channels == 3:
+        raise UsageError(f"--distance has no meaning: {weights} takes RGB alone")
     # What is wrong with the last folder shows before the first has taken its time.
     found = [find_data(folder, predictor.channels == 4, names) for folder in data]
     try:

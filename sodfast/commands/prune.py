@@ -67,6 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--size must be a multiple of 16, not {arguments.size}")
     try:
         model = load(arguments.weights)
+        expected: dict[str, Any] = model.preprocessing  # type: ignore[assignment]
+        if arguments.images is not None and len(expected["mean"]) == 4:
+            raise UsageError(f"--images: {arguments.weights} takes depth maps; leave it out")
         pruned, report = prune(model, arguments.criterion, arguments.mode, threshold, ratio)
     except (OSError, TypeError, ValueError) as error:
         raise WorkError(error) from error

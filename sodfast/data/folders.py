@@ -42,13 +42,16 @@ __all__ = [
 _ENDINGS = frozenset(".jpg .jpeg .jpe .png .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm".split())
 # Side by side, the mask is the one that was compressed without loss.
 _LOSSLESS = frozenset(".png .bmp .gif .pgm .pbm .tif .tiff".split())
-# Subfolders by what they hold; compared in lower case, - and blanks as _.
+# Subfolders by what they hold, the first that fits ("depth_images" are no images); compared in
+# lower case, - and blanks as _.
 _ROLES = {
+    "depth": re.compile(
+        r"(.*_)?(raw|smoothed)?(depths?|disparit(y|ies))(_?(maps?|images?|imgs?|png|bmp))?"
+    ),
     "image": re.compile(r"(.*_)?(images?|imgs?|img|photos?|pictures?)|rgb(_left)?|left|li"),
     "mask": re.compile(
         r"(.*_)?(masks?|gts?|ground_?truths?)|ground_?truth_masks?|pixelwisegt.*|.*_gt_pixelwise"
     ),
-    "depth": re.compile(r"(.*_)?(raw|smoothed)?(depths?|disparit(y|ies))(_?maps?)?"),
 }
 _TAILS = {"mask": ("_mask", "-mask", "_gt", "-gt"), "depth": ("_depth", "-depth", "_disparity")}
 _IMAGE_TAILS = ("_left", "-left", "_rgb", "-rgb")  # of pictures whose partners lack them
@@ -340,9 +343,13 @@ def find_depth(folder: str | os.PathLike[str]) -> Callable[[str], Path | None]:
     """Depth maps by the picture's name: a function that returns the file, or None.
 
     folder: with everything below it; names match as in a data set ("a/1" and a/1_depth.png).
-    Raises FileNotFoundError, and ValueError where there is no picture in it.
+    Raises FileNotFoundError, and ValueError where there is no picture in it or two share a name.
     """
-    files = dict(picture_files(folder))
+    files: dict[str, Path] = {}
+    for name, path in picture_files(folder):
+        if name in files:
+            raise ValueError(f"two depth maps are named {name!r}: {files[name]} and {path}")
+        files[name] = path
     if not files:
         raise ValueError(f"no depth maps found in {folder}")
     return lambda name: _partner(name, "depth", files)

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 
+from ..jobs import describe
 from ..pictures import read_image
 
 __all__ = ["read_depth", "read_grey"]
@@ -43,8 +44,18 @@ def read_depth(path: str | os.PathLike[str], disparity: bool = True) -> np.ndarr
     distances. 8 bits are taken as they are. Of wider files the unit is unknown, and often a small
     part of the range is used: least and greatest value become 1 and 255, and 0, which sensors
     write where they measured nothing, stays 0 (far) in either case. A constant map stays one.
-    Errors as of `read_grey`, and ValueError for values that are not finite.
+    Raises FileNotFoundError, and ValueError that names the file where it cannot be read, is cut, in
+    colours, or holds values that are not finite.
     """
+    try:
+        return _read_depth(path, disparity)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # else the picture would be blamed
+        raise ValueError(f"the depth map {path}: {describe(error)}") from error
+
+
+def _read_depth(path: str | os.PathLike[str], disparity: bool) -> np.ndarray:
     from PIL import Image, TiffImagePlugin  # noqa: F401
 
     with Image.open(path, formats=_FORMATS) as image:
@@ -55,10 +66,11 @@ def read_depth(path: str | os.PathLike[str], disparity: bool = True) -> np.ndarr
         return grey if disparity else 255 - grey
     numbers = values.astype(np.float64)
     if not np.isfinite(numbers).all():
-        raise ValueError("the depth map holds NaN or infinite values")
+        raise ValueError("it holds NaN or infinite values")
     measured = numbers != 0
     low, high = (numbers[measured].min(), numbers[measured].max()) if measured.any() else (0, 0)
-    part = (numbers - low) / (high - low) if high > low else np.zeros_like(numbers)
+    # One distance alone is near, or it would look like what was not measured.
+    part = (numbers - low) / (high - low) if high > low else np.ones_like(numbers)
     if not disparity and high > low:
         part = 1 - part
     return np.where(measured, np.rint(1 + 254 * part), 0).astype(np.uint8)

@@ -6,7 +6,7 @@ from .csnet import CSNet
 from .encoder_weights import load_encoder_weights
 from .extractor import Extractor, Vanilla
 from .fpn import FPN
-from .registry import create_model, list_models
+from .registry import create_model, input_channels, list_models
 from .scfnet import SCFNet, SCFNetBase
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Vanilla",
     "count",
     "create_model",
+    "input_channels",
     "list_models",
     "load_encoder_weights",
 ]

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -42,6 +43,15 @@ def list_models() -> list[str]:
     return sorted(_MODELS)
 
 
+def input_channels(name: str, config: Mapping[str, Any]) -> int:
+    """How many channels the images of ``create_model(name, **config)`` have: 4 with depth.
+
+    Raises ValueError for an unknown name.
+    """
+    default = inspect.signature(_known(name)).parameters["in_channels"].default
+    return int(config.get("in_channels", default))
+
+
 def create_model(name: str, **config: Any) -> nn.Module:
     """Build a model with fresh weights.
 
@@ -56,14 +66,18 @@ def create_model(name: str, **config: Any) -> nn.Module:
         ValueError: an unknown name or argument (with the nearest known one), or an argument's
             value that the model refuses.
     """
-    if name not in _MODELS:
-        raise ValueError(f"unknown model {name!r}{_nearest(name, list_models())}")
-    model = _MODELS[name]
+    model = _known(name)
     known = list(inspect.signature(model).parameters)
     for key in config:
         if key not in known:
             raise ValueError(f"{name} has no argument {key!r}{_nearest(key, known)}")
     return model(**config)
+
+
+def _known(name: str) -> type[nn.Module]:
+    if name not in _MODELS:
+        raise ValueError(f"unknown model {name!r}{_nearest(name, list_models())}")
+    return _MODELS[name]
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -13,6 +13,7 @@ Paper: Ren et al., Dynamic Knowledge Distillation With Noise Elimination for RGB
 Object Detection.
 """
 
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ class DynamicDistillationLoss(nn.Module):
 
     Raises:
         ValueError: an option out of its range, shapes or devices that differ.
-        TypeError: an integer dtype.
+        TypeError: an integer dtype (a truth of bool will do), an option of another type.
     """
 
     def __init__(
@@ -84,11 +85,18 @@ class DynamicDistillationLoss(nn.Module):
         shares = {
             "p": p, "threshold": threshold, "epsilon": epsilon, "fixed_weight": fixed_weight
         }  # fmt: skip
-        for name, value in shares.items():
-            if value is not None and not 0 <= value <= 1:
+        for name, value in {**shares, "temperature": temperature}.items():
+            if value is None and name in ("threshold", "fixed_weight"):
+                continue
+            # From a recipe comes whatever stands there.
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"{name} must be a number, not {value!r}")
+            if name in shares and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in 0–1, not {value}")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
+        if not isinstance(temperature_squared, bool):
+            raise TypeError(f"temperature_squared must be a bool, not {temperature_squared!r}")
         if kl_mean not in ("pixels", "pixels_and_classes"):
             raise ValueError(f"kl_mean must be 'pixels' or 'pixels_and_classes', not {kl_mean!r}")
         self.p, self.temperature, self.threshold = p, temperature, threshold
@@ -98,6 +106,10 @@ class DynamicDistillationLoss(nn.Module):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, truth: Tensor
     ) -> DynamicDistillation:
+        maps = {"student_logits": student_logits, "teacher_logits": teacher_logits, "truth": truth}
+        for name, x in maps.items():  # what is converted below would not be refused any more
+            if not (x.is_floating_point() or (name == "truth" and x.dtype == torch.bool)):
+                raise TypeError(f"{name} must be floating point, not {x.dtype}")
         dtype = torch.promote_types(student_logits.dtype, torch.float32)
         student = student_logits.to(dtype)
         teacher, truth = (x.detach().to(dtype) for x in (teacher_logits, truth))
