@@ -25,7 +25,8 @@ OPS = (
     "goctconv_depthwise_grad_input", "goctconv_depthwise_grad_weight", "goctconv_dilated",
     "goctconv_dilated_grad_input", "goctconv_dilated_grad_weight", "goctconv_norm_act",
     "goctconv_norm_act_backward", "goctconv_update_stats_", "decay_", "adam_decay_", "dkd_sums",
-    "dkd_loss", "dkd_loss_backward",
+    "dkd_loss", "dkd_loss_backward", "scfm", "scfm_backward", "boundary", "boundary_backward",
+    "structure_polishing_sums", "structure_polishing_sums_backward",
 )  # fmt: skip
 HALVES = (torch.float16, torch.bfloat16)
 BACKENDS = ("cuda-on-host", "cuda")

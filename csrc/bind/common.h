@@ -75,6 +75,13 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
   check(t.scalar_type() == like.scalar_type(), op, name, " has another dtype than the first tensor");
 }
 
+inline void check_same_shape(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  check_like(op, name, t, like);
+  bool same = t.dim() == like.dim();
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
+  check(same, op, name, " must have shape ", shape_of(like), ", got ", shape_of(t));
+}
+
 // A vector with one value per channel, or nothing.
 inline void check_vector(const char* op, const char* name, const Tensor& t, int64_t n, const Tensor& like) {
   check_like(op, name, t, like);
@@ -118,6 +125,11 @@ inline Tensors contiguous_all(const Tensors& xs) {
 
 inline Tensor empty_for(const Tensor& like, const std::vector<int64_t>& size) {
   return torch::stable::new_empty(like, size);
+}
+
+// Contiguous, of the shape of a (B, C, H, W) tensor.
+inline Tensor empty_maps(const Tensor& like) {
+  return empty_for(like, {like.size(0), like.size(1), like.size(2), like.size(3)});
 }
 
 inline Tensors empty_pyramid(const Tensor& like, const Pyramid& p) {

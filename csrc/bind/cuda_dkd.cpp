@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor> dkd_loss(const Tensor& student, const Tensor& teacher
   check_vector(op, "theta", theta, maps.shape.images, student);
   check_dkd_numbers(op, temperature, kl_factor);
   const Tensor weight = torch::stable::contiguous(theta), loss = empty_for(student, {maps.shape.images}),
-               gradient = with_gradient ? empty_map(student) : empty_for(student, {0}),
+               gradient = with_gradient ? empty_maps(student) : empty_for(student, {0}),
                partial = workspace(student, cuda::dkd_workspace(maps.shape));
   on_device(op, student, [&](cudaStream_t stream) {
     return cuda::dkd_loss(type_of(student), maps.shape, maps.student.const_data_ptr(), maps.teacher.const_data_ptr(),
@@ -42,7 +42,7 @@ Tensor dkd_loss_backward(const Tensor& grad, const Tensor& gradient) {
   const DkdShape shape = shape_of_map(op, "gradient", gradient);
   check_vector(op, "grad", grad, shape.images, gradient);
   const Tensor g = torch::stable::contiguous(grad), from = torch::stable::contiguous(gradient),
-               out = empty_map(gradient);
+               out = empty_maps(gradient);
   on_device(op, gradient, [&](cudaStream_t stream) {
     return cuda::dkd_loss_backward(type_of(gradient), shape, g.const_data_ptr(), from.const_data_ptr(),
                                    out.mutable_data_ptr(), stream);

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor> dkd_loss(const Tensor& student, const Tensor& teacher
   check_vector(op, "theta", theta, maps.shape.images, student);
   check_dkd_numbers(op, temperature, kl_factor);
   const Tensor weight = torch::stable::contiguous(theta), loss = empty_for(student, {maps.shape.images}),
-               gradient = with_gradient ? empty_map(student) : empty_for(student, {0});
+               gradient = with_gradient ? empty_maps(student) : empty_for(student, {0});
   for_dtype(student, [&](auto zero) {
     using T = decltype(zero);
     kernels<T>().dkd_loss(maps.shape, read<T>(maps.student), read<T>(maps.teacher), read<T>(maps.truth),
@@ -41,7 +41,7 @@ Tensor dkd_loss_backward(const Tensor& grad, const Tensor& gradient) {
   const DkdShape shape = shape_of_map(op, "gradient", gradient);
   check_vector(op, "grad", grad, shape.images, gradient);
   const Tensor g = torch::stable::contiguous(grad), from = torch::stable::contiguous(gradient),
-               out = empty_map(gradient);
+               out = empty_maps(gradient);
   for_dtype(gradient, [&](auto zero) {
     using T = decltype(zero);
     kernels<T>().dkd_loss_backward(shape, read<T>(g), read<T>(from), write<T>(out), torch_threads());

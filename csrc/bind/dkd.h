@@ -15,23 +15,14 @@ inline DkdShape shape_of_map(const char* op, const char* name, const Tensor& x) 
   return {x.size(0), x.size(2) * x.size(3)};
 }
 
-inline void check_same_map(const char* op, const char* name, const Tensor& x, const Tensor& like) {
-  check_like(op, name, x, like);
-  bool same = x.dim() == 4;
-  for (int64_t i = 0; same && i < 4; ++i) same = x.size(i) == like.size(i);
-  check(same, op, name, " must have shape ", shape_of(like), ", got ", shape_of(x));
-}
-
-inline Tensor empty_map(const Tensor& like) { return empty_for(like, {like.size(0), 1, like.size(2), like.size(3)}); }
-
 // The three maps, checked; keeps contiguous copies alive while the kernel reads them.
 struct DkdMaps {
   DkdShape shape;
   Tensor student, teacher, truth;
   DkdMaps(const char* op, const Tensor& s, const Tensor& t, const Tensor& g)
       : shape(shape_of_map(op, "student_logits", s)) {
-    check_same_map(op, "teacher_logits", t, s);
-    check_same_map(op, "truth", g, s);
+    check_same_shape(op, "teacher_logits", t, s);
+    check_same_shape(op, "truth", g, s);
     student = torch::stable::contiguous(s), teacher = torch::stable::contiguous(t),
     truth = torch::stable::contiguous(g);
   }

@@ -85,6 +85,23 @@ cudaError_t decay(Type, const DecayLayer*, int64_t layers, double lambda, bool a
 cudaError_t adam_decay(Type, const DecayLayer*, int64_t layers, double lambda, bool absolute, bool decoupled,
                        const AdamStep&, cudaStream_t);
 
+// gx is not written without multiply: it is g.
+cudaError_t scfm(Type, const ScfmShape&, const void* x, const void* y, void* out, cudaStream_t);
+cudaError_t scfm_backward(Type, const ScfmShape&, const void* g, const void* x, const void* y, void* gx, void* gy,
+                          cudaStream_t);
+
+cudaError_t boundary(Type, const BoundaryShape&, const void* z, void* out, cudaStream_t);
+int64_t boundary_backward_workspace(const BoundaryShape&);
+cudaError_t boundary_backward(Type, const BoundaryShape&, const void* g, const void* z, void* gz, void* workspace,
+                              cudaStream_t);
+// sums and their gradient: [planes, 2, 3]; thin is thin_erosion.
+int64_t structure_polishing_sums_workspace(const BoundaryShape&);
+cudaError_t structure_polishing_sums(Type, const BoundaryShape&, const void* logits, const void* truth, void* sums,
+                                     void* workspace, cudaStream_t);
+int64_t structure_polishing_sums_backward_workspace(Type, const BoundaryShape&);
+cudaError_t structure_polishing_sums_backward(Type, const BoundaryShape&, const void* gsums, const void* logits,
+                                              const void* truth, void* glogits, void* workspace, cudaStream_t);
+
 // As in cpu/kernels.h; sums: [images, 2, 2], theta, loss and g: [images], gradient may be null.
 int64_t dkd_workspace(const DkdShape&);
 cudaError_t dkd_sums(Type, const DkdShape&, const void* student, const void* teacher, const void* truth, void* sums,

@@ -58,6 +58,8 @@ int main(int argc, char** argv) {
   sodfast::test::test_norm_act(cases);
   sodfast::test::test_decay(cases);
   sodfast::test::test_dkd(cases);
+  sodfast::test::test_scfm(cases);
+  sodfast::test::test_boundary(cases);
   std::printf("all CUDA kernels passed on the host\n");
   return 0;
 }

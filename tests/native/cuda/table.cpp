@@ -133,6 +133,30 @@ Kernels<T> table() {
   k.dkd_loss_backward = [](const DkdShape& shape, const T* g, const T* gradient, T* gstudent, const Parallel&) {
     check(cuda::dkd_loss_backward(type<T>, shape, g, gradient, gstudent, nullptr), "dkd_loss_backward");
   };
+  k.scfm = [](const ScfmShape& shape, const T* x, const T* y, T* out, const Parallel&) {
+    check(cuda::scfm(type<T>, shape, x, y, out, nullptr), "scfm");
+  };
+  k.scfm_backward = [](const ScfmShape& shape, const T* g, const T* x, const T* y, T* gx, T* gy, const Parallel&) {
+    check(cuda::scfm_backward(type<T>, shape, g, x, y, gx, gy, nullptr), "scfm_backward");
+  };
+  k.boundary = [](const BoundaryShape& shape, const T* z, T* out, const Parallel&) {
+    check(cuda::boundary(type<T>, shape, z, out, nullptr), "boundary");
+  };
+  k.boundary_backward = [](const BoundaryShape& shape, const T* g, const T* z, T* gz, const Parallel&) {
+    const Workspace workspace(cuda::boundary_backward_workspace(shape));
+    check(cuda::boundary_backward(type<T>, shape, g, z, gz, workspace, nullptr), "boundary_backward");
+  };
+  k.structure_polishing_sums = [](const BoundaryShape& shape, const T* logits, const T* truth, T* sums,
+                                  const Parallel&) {
+    const Workspace workspace(cuda::structure_polishing_sums_workspace(shape));
+    check(cuda::structure_polishing_sums(type<T>, shape, logits, truth, sums, workspace, nullptr), "sums");
+  };
+  k.structure_polishing_sums_backward = [](const BoundaryShape& shape, const T* g, const T* logits, const T* truth,
+                                           T* glogits, const Parallel&) {
+    const Workspace workspace(cuda::structure_polishing_sums_backward_workspace(type<T>, shape));
+    check(cuda::structure_polishing_sums_backward(type<T>, shape, g, logits, truth, glogits, workspace, nullptr),
+          "sums backward");
+  };
   return k;
 }
 

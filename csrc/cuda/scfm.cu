@@ -1,0 +1,241 @@
+// The fusion of SCFNet's SCFM, and its gradients, without the upsampled map in memory.
+//
+//   out = x + x up(y)   or   x + up(y)          up: bilinear to the size of x, align_corners=False
+//   position d of x lies at ((2 d + 1) n - N) / 2N of y          n positions of y, N of x
+//
+// Places are exact: whole numbers are divided, and the rest is the weight.
+//
+// Forward: a thread has 16 bytes of a row of x (one number where they are not aligned). Walking along them it keeps
+// the two columns of y that it is between, blended down. Bytes: x, y and the result once; 3 FLOPs per number and
+// 4 per column of y: memory bounds it.
+//
+// Backward: gx = g + g up(y). gy = up's transpose of g x: a block has a tile of gy and goes through the part of x
+// that lies above it, in pieces: products into shared memory (and gx into memory on the way), sums along the rows,
+// sums down the columns, all in the order of positions. Bytes: g, x, y, gx and gy once, but that blocks share the
+// border of their tiles, which L2 has; some 15 FLOPs per number of x: memory bounds it too.
+#include "cuda/numbers.h"
+
+namespace sodfast::cuda {
+namespace {
+
+constexpr int threads = 256;
+
+// One axis: N positions of x, n of y. Twice a side fits 31 bits.
+struct Axis {
+  int large, small;  // N, n
+  int step;          // from a position to the next: 2n = step · 2N + rest
+  unsigned rest;
+
+  // The first position of x that lies at coarse position i or beyond.
+  __device__ __forceinline__ int first_at(int i) const {
+    if (i <= 0) return 0;
+    int64_t unused;
+    const int64_t d = divide((2 * static_cast<int64_t>(i) + 1) * large + small - 1, 2 * static_cast<int64_t>(small),
+                             unused);  // ⌈((2 i + 1) N - n) / 2n⌉
+    return static_cast<int>(least<int64_t>(d, large));
+  }
+};
+
+// Where a position of x lies: between `first` of y and the next one, which weighs `part`.
+template <class A>
+struct Place {
+  int below;  // -1 before the first
+  unsigned rest;
+  __device__ __forceinline__ Place(const Axis& axis, int d) {
+    int64_t r;
+    const int64_t twice = 2 * static_cast<int64_t>(axis.large);
+    below = static_cast<int>(
+                divide((2 * static_cast<int64_t>(d) + 1) * axis.small + axis.large, twice, r)) - 1;
+    rest = static_cast<unsigned>(r);
+  }
+  __device__ __forceinline__ void next(const Axis& axis) {
+    below += axis.step, rest += axis.rest;
+    if (rest >= 2u * static_cast<unsigned>(axis.large)) ++below, rest -= 2u * static_cast<unsigned>(axis.large);
+  }
+  __device__ __forceinline__ int first() const { return below < 0 ? 0 : below; }
+  __device__ __forceinline__ A part(A per_rest) const { return below < 0 ? A(0) : A(rest) * per_rest; }
+};
+
+// Two rows of y blended into one.
+template <class T>
+struct Blended {
+  using A = typename Sum<T>::type;
+  const T *above, *under;
+  A part;
+  int last;
+  __device__ __forceinline__ Blended(const T* y, const Axis& down, const Axis& along, int r, A per_rest) {
+    const Place<A> place(down, r);
+    above = y + static_cast<int64_t>(place.first()) * along.small;
+    under = y + static_cast<int64_t>(least(place.first() + 1, down.small - 1)) * along.small;
+    part = place.part(per_rest), last = along.small - 1;
+  }
+  __device__ __forceinline__ A at(int c) const {
+    c = least(c, last);
+    return (1 - part) * widen(above[c]) + part * widen(under[c]);
+  }
+};
+
+template <class T>
+struct Arguments {
+  Axis down, along;
+  int64_t planes;
+  const T *g, *x, *y;
+  T *out, *gy;  // out: the result, or gx; null: there is none
+  bool multiply;
+};
+
+// ------------------------------------------------------------------------------------------- forward
+template <class T, int n>
+__global__ void __launch_bounds__(threads) fuse(const __grid_constant__ Arguments<T> a) {
+  using A = typename Sum<T>::type;
+  int64_t pack, r;
+  const int64_t packs = divide_up(a.along.large, n);
+  const int64_t line = divide(static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x, packs, pack);
+  const int64_t plane = divide(line, a.down.large, r);
+  if (plane >= a.planes) return;
+  const int c0 = static_cast<int>(pack) * n;
+  const int64_t start = line * a.along.large + c0;
+  Pack<T, n> values = *reinterpret_cast<const Pack<T, n>*>(a.x + start);
+  const A per_row = A(0.5) / A(a.down.large), per_col = A(0.5) / A(a.along.large);
+  const T* y = a.y + plane * a.down.small * a.along.small;
+  const Blended<T> row(y, a.down, a.along, static_cast<int>(r), per_row);
+  Place<A> place(a.along, c0);
+  int at = place.first();
+  A here = row.at(at), after = row.at(at + 1);
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    if (place.first() != at) {
+      here = place.first() == at + 1 ? after : row.at(place.first());
+      at = place.first(), after = row.at(at + 1);
+    }
+    const A part = place.part(per_col), up = (1 - part) * here + part * after, v = widen(values.v[i]);
+    narrow(a.multiply ? v + v * up : v + up, values.v[i]);
+    place.next(a.along);
+  }
+  *reinterpret_cast<Pack<T, n>*>(a.out + start) = values;
+}
+
+// ------------------------------------------------------------------------------------------ backward
+constexpr int tile_cols = 32, tile_rows = threads / tile_cols;  // of gy: one thread each
+constexpr int piece_cols = 128, piece_rows = threads / 32;      // of x: a warp has a row
+
+template <class A>
+struct Shared {
+  A products[piece_rows][piece_cols + piece_cols / 32];  // skewed: threads read them several columns apart
+  A lines[piece_rows][tile_cols];                        // summed along the row
+  A col_part[piece_cols], row_part[piece_rows];
+  int col_first[piece_cols], row_first[piece_rows];
+  static __device__ __forceinline__ int skew(int c) { return c + c / 32; }
+};
+
+// What a position weighs in coarse position i, one of the two that it is between. Beyond the last is the last.
+template <class A>
+__device__ __forceinline__ A weight_of(int first, A part, int i, int last) {
+  return first < i ? part : i == last ? A(1) : 1 - part;
+}
+
+template <class T>
+__global__ void __launch_bounds__(threads, 3) fuse_backward(const __grid_constant__ Arguments<T> a) {
+  using A = typename Sum<T>::type;
+  __shared__ Shared<A> shared;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  int64_t part;
+  int64_t rest = divide(blockIdx.x, divide_up(a.along.small, tile_cols), part);
+  const int c0 = static_cast<int>(part) * tile_cols, c = c0 + lane;
+  const int64_t plane = divide(rest, divide_up(a.down.small, tile_rows), part);
+  const int r0 = static_cast<int>(part) * tile_rows, r = r0 + warp;
+  const int64_t large = plane * a.down.large * a.along.large, small = plane * a.down.small * a.along.small;
+  const A per_row = A(0.5) / A(a.down.large), per_col = A(0.5) / A(a.along.large);
+  // Above the tile: all positions between its first coarse one, less one, and its last.
+  const int row_begin = a.down.first_at(r0 - 1), row_end = a.down.first_at(r0 + tile_rows);
+  const int col_begin = a.along.first_at(c0 - 1), col_end = a.along.first_at(c0 + tile_cols);
+  const int my_rows[2] = {a.down.first_at(r - 1), a.down.first_at(r + 1)};
+  const int my_cols[2] = {a.along.first_at(c - 1), a.along.first_at(c + 1)};
+  A sum = 0;
+  for (int top = row_begin; top < row_end; top += piece_rows)
+    for (int left = col_begin; left < col_end; left += piece_cols) {
+      const int rows = least(piece_rows, row_end - top), cols = least(piece_cols, col_end - left);
+      if (thread < cols) {
+        const Place<A> place(a.along, left + thread);
+        shared.col_first[thread] = place.first(), shared.col_part[thread] = place.part(per_col);
+      }
+      if (thread >= threads - 32 && lane < rows) {
+        const Place<A> place(a.down, top + lane);
+        shared.row_first[lane] = place.first(), shared.row_part[lane] = place.part(per_row);
+      }
+      __syncthreads();
+      if (warp < rows) {
+        const int64_t start = large + static_cast<int64_t>(top + warp) * a.along.large + left;
+        const Blended<T> row(a.y + small, a.down, a.along, top + warp, per_row);
+        const bool my_row = a.out != nullptr && shared.row_first[warp] >= r0;
+        for (int i = lane; i < cols; i += 32) {
+          const A g = widen(a.g[start + i]);
+          shared.products[warp][shared.skew(i)] = a.multiply ? g * widen(a.x[start + i]) : g;
+          const int first = shared.col_first[i];
+          if (my_row && first >= c0) {
+            const A p = shared.col_part[i], up = (1 - p) * row.at(first) + p * row.at(first + 1);
+            narrow(g + g * up, a.out[start + i]);
+          }
+        }
+      }
+      __syncthreads();
+      if (warp < rows) {
+        A line = 0;
+        const int from = my_cols[0] > left ? my_cols[0] - left : 0, to = least(my_cols[1] - left, cols);
+        for (int i = from; i < to; ++i)
+          line += weight_of(shared.col_first[i], shared.col_part[i], c, a.along.small - 1) *
+                  shared.products[warp][shared.skew(i)];
+        shared.lines[warp][lane] = line;
+      }
+      __syncthreads();
+      const int from = my_rows[0] > top ? my_rows[0] - top : 0, to = least(my_rows[1] - top, rows);
+      for (int i = from; i < to; ++i)
+        sum += weight_of(shared.row_first[i], shared.row_part[i], r, a.down.small - 1) * shared.lines[i][lane];
+      __syncthreads();
+    }
+  if (r < a.down.small && c < a.along.small)
+    narrow(sum, a.gy[small + static_cast<int64_t>(r) * a.along.small + c]);
+}
+
+Axis axis_of(int64_t large, int64_t small) {
+  return {static_cast<int>(large), static_cast<int>(small), static_cast<int>(small / large),
+          static_cast<unsigned>(2 * (small % large))};
+}
+
+template <class T>
+Arguments<T> arguments_of(const ScfmShape& shape, const void* x, const void* y, void* out) {
+  Arguments<T> a{};
+  a.down = axis_of(shape.rows, shape.from_rows), a.along = axis_of(shape.cols, shape.from_cols);
+  a.planes = shape.planes, a.multiply = shape.multiply;
+  a.x = static_cast<const T*>(x), a.y = static_cast<const T*>(y), a.out = static_cast<T*>(out);
+  return a;
+}
+
+bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+}  // namespace
+
+cudaError_t scfm(Type type, const ScfmShape& shape, const void* x, const void* y, void* out, cudaStream_t stream) {
+  return for_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int n = 16 / sizeof(T);
+    const bool packed = shape.cols % n == 0 && is_aligned(x) && is_aligned(out);
+    const int64_t work = shape.planes * shape.rows * (packed ? shape.cols / n : shape.cols);
+    return launch(packed ? fuse<T, n> : fuse<T, 1>, divide_up<int64_t>(work, threads), threads, stream,
+                  arguments_of<T>(shape, x, y, out));
+  });
+}
+
+cudaError_t scfm_backward(Type type, const ScfmShape& shape, const void* g, const void* x, const void* y, void* gx,
+                          void* gy, cudaStream_t stream) {
+  return for_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    Arguments<T> a = arguments_of<T>(shape, x, y, shape.multiply ? gx : nullptr);
+    a.g = static_cast<const T*>(g), a.gy = static_cast<T*>(gy);
+    const int64_t blocks = shape.planes * divide_up<int64_t>(shape.from_rows, tile_rows) *
+                           divide_up<int64_t>(shape.from_cols, tile_cols);
+    return launch(fuse_backward<T>, blocks, threads, stream, a);
+  });
+}
+
+}  // namespace sodfast::cuda
