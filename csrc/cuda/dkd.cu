@@ -45,33 +45,6 @@ __device__ __forceinline__ void for_each_pixel(const DkdShape& shape, int64_t im
   }
 }
 
-// The sums of a block, from its threads', to the workspace.
-template <int n, class A>
-__device__ __forceinline__ void write_partial(const Arguments& a, const A (&of_thread)[n]) {
-  __shared__ double shared[warps * n];
-  double total[n];
-#pragma unroll
-  for (int k = 0; k < n; ++k) total[k] = of_thread[k];
-  block_sums(total, shared, warps);
-  if (threadIdx.x > 0) return;
-#pragma unroll
-  for (int k = 0; k < n; ++k) a.partial[static_cast<int64_t>(blockIdx.x) * n + k] = total[k];
-}
-
-// The sums of an image, from its slices', the same in every thread.
-template <int n>
-__device__ __forceinline__ void add_partials(const Arguments& a, double (&total)[n]) {
-  __shared__ double shared[warps * n];
-  const double* from = a.partial + static_cast<int64_t>(blockIdx.x) * a.slices * n;
-#pragma unroll
-  for (int k = 0; k < n; ++k) total[k] = 0;
-  for (int64_t s = static_cast<int64_t>(threadIdx.x); s < a.slices; s += threads) {
-#pragma unroll
-    for (int k = 0; k < n; ++k) total[k] += from[s * n + k];
-  }
-  block_sums(total, shared, warps);
-}
-
 template <class T>
 __global__ void __launch_bounds__(threads) sum_maps(const __grid_constant__ Arguments a) {
   using A = typename Sum<T>::type;
@@ -84,13 +57,13 @@ __global__ void __launch_bounds__(threads) sum_maps(const __grid_constant__ Argu
     total[0] += s.p * g, total[1] += s.p * (1 - g) + s.not_p * g;
     total[2] += t.p * g, total[3] += t.p * (1 - g) + t.not_p * g;
   });
-  write_partial(a, total);
+  write_partial<warps>(total, a.partial);
 }
 
 template <class T>
 __global__ void __launch_bounds__(threads) finish_sums(const __grid_constant__ Arguments a) {
   double total[4];
-  add_partials(a, total);
+  add_partials<warps>(a.partial, a.slices, total);
   if (threadIdx.x > 0) return;
 #pragma unroll
   for (int k = 0; k < 4; ++k)
@@ -115,13 +88,13 @@ __global__ void __launch_bounds__(threads) measure_loss(const __grid_constant__ 
     if (a.gradient != nullptr)
       narrow(kl_weight * (q.p - p.p) + ce_weight * (map.p - g), static_cast<T*>(a.gradient)[i]);
   });
-  write_partial(a, total);
+  write_partial<warps>(total, a.partial);
 }
 
 template <class T>
 __global__ void __launch_bounds__(threads) finish_loss(const __grid_constant__ Arguments a) {
   double total[2];
-  add_partials(a, total);
+  add_partials<warps>(a.partial, a.slices, total);
   if (threadIdx.x > 0) return;
   const double theta = widen(static_cast<const T*>(a.theta)[blockIdx.x]), pixels = static_cast<double>(a.shape.pixels);
   const double loss = (theta * a.kl_factor * total[0] + (1 - theta) * total[1]) / pixels;

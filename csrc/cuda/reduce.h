@@ -34,4 +34,31 @@ __device__ __forceinline__ void block_sums(A (&x)[n], A* shared, int warps) {
   __syncthreads();
 }
 
+// Sums over blocks in two launches, in float64: each block writes its threads' n sums to partial[block][n] …
+template <int warps, int n, class A>
+__device__ __forceinline__ void write_partial(const A (&of_thread)[n], double* partial) {
+  __shared__ double shared[warps * n];
+  double total[n];
+#pragma unroll
+  for (int k = 0; k < n; ++k) total[k] = of_thread[k];
+  block_sums(total, shared, warps);
+  if (threadIdx.x > 0) return;
+#pragma unroll
+  for (int k = 0; k < n; ++k) partial[static_cast<int64_t>(blockIdx.x) * n + k] = total[k];
+}
+
+// … and then one block for every `slices` of them adds theirs up; the same in every thread.
+template <int warps, int n>
+__device__ __forceinline__ void add_partials(const double* partial, int64_t slices, double (&total)[n]) {
+  __shared__ double shared[warps * n];
+  const double* from = partial + static_cast<int64_t>(blockIdx.x) * slices * n;
+#pragma unroll
+  for (int k = 0; k < n; ++k) total[k] = 0;
+  for (int64_t s = static_cast<int64_t>(threadIdx.x); s < slices; s += 32 * warps) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) total[k] += from[s * n + k];
+  }
+  block_sums(total, shared, warps);
+}
+
 }  // namespace sodfast::cuda

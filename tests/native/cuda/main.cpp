@@ -60,6 +60,7 @@ int main(int argc, char** argv) {
   sodfast::test::test_dkd(cases);
   sodfast::test::test_scfm(cases);
   sodfast::test::test_boundary(cases);
+  sodfast::test::test_structure_polishing(cases);
   std::printf("all CUDA kernels passed on the host\n");
   return 0;
 }
