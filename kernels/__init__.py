@@ -5,6 +5,12 @@ bfloat16 and compute in float32; launch on the current stream; add without atomi
 that depends on the shapes alone; and are configured by functions of the shape, not by trial.
 """
 
+from .boundary import (
+    boundary,
+    boundary_backward,
+    structure_polishing_sums,
+    structure_polishing_sums_backward,
+)
 from .decay import adam_decay_, decay_
 from .dkd import dkd_loss, dkd_loss_backward, dkd_sums
 from .goctconv import goctconv, goctconv_grad_input, goctconv_grad_weight
@@ -23,9 +29,12 @@ from .goctconv_norm_act import (
     goctconv_norm_act_backward,
     goctconv_update_stats_,
 )
+from .scfm import scfm, scfm_backward
 
 __all__ = [
     "adam_decay_",
+    "boundary",
+    "boundary_backward",
     "decay_",
     "dkd_loss",
     "dkd_loss_backward",
@@ -42,4 +51,8 @@ __all__ = [
     "goctconv_norm_act",
     "goctconv_norm_act_backward",
     "goctconv_update_stats_",
+    "scfm",
+    "scfm_backward",
+    "structure_polishing_sums",
+    "structure_polishing_sums_backward",
 ]

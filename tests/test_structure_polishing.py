@@ -68,7 +68,7 @@ class Case:
 
     def run(self, function: Callable) -> Callable[[Tensors], list[Tensor]]:
         truth = self.draw(TRUTHS, self.seed + 2)
-        return lambda t: [function(t["logits"][0], truth.to(t["logits"][0].dtype), self.k)]
+        return lambda t: [function(t["logits"][0], truth.to(t["logits"][0]), self.k)]
 
 
 def one_channel(size: tuple[int, int, int, int]) -> tuple[int, int, int, int]:

@@ -10,14 +10,17 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import test_boundary
 import test_decay
 import test_dkd
 import test_goctconv
 import test_goctconv_depthwise
 import test_goctconv_dilated
 import test_goctconv_norm_act
+import test_scfm
+import test_structure_polishing
 import torch
-from op_cases import Call, Source
+from op_cases import Call, Source, results
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_kernels import BACKENDS, HALVES, available, check_kernels, device_of, running
@@ -271,11 +274,92 @@ def test_small_errors_of_a_network_keep_their_digits(triton: str) -> None:
     test_dkd.check_small_errors(lambda: running(triton), device_of(triton))
 
 
+Scfm = test_scfm.Case
+FUSIONS = [
+    Scfm((2, 2, 8, 12), (4, 6), layout="every second column"),
+    Scfm((1, 1, 7, 9), (3, 4), multiply=False),
+    Scfm((1, 2, 5, 3), (9, 8)),
+    Scfm((1, 1, 9, 33), (1, 1)),
+    Scfm((1, 1, 40, 50), (20, 10)),
+    Scfm((0, 2, 4, 4), (2, 2)),
+]
+
+
+@pytest.mark.parametrize("case", FUSIONS, ids=str)
+def test_scfm(triton: str, case: Scfm) -> None:
+    runs = case.run(ops.scfm), case.run(ops.scfm_reference)
+    for dtype in DTYPES if case is FUSIONS[0] else DTYPES[:1]:
+        check_kernels(triton, dtype, *runs, case.tensors(), case.grads(), case.terms())
+
+
+Boundary = test_boundary.Case
+BOUNDARIES = [
+    Boundary((2, 1, 9, 13), 3, layout="every second column"),
+    Boundary((1, 2, 40, 70), 7, "outer"),
+    Boundary((1, 1, 5, 67), 31, "both"),
+    Boundary((1, 1, 1, 1), 5),
+    Boundary((0, 1, 4, 4), 3),
+]
+
+
+@pytest.mark.parametrize("case", BOUNDARIES, ids=str)
+def test_boundaries(triton: str, case: Boundary) -> None:
+    runs = case.run(ops.boundary), case.run(ops.boundary_reference)
+    for dtype in DTYPES if case is BOUNDARIES[0] else DTYPES[:1]:
+        check_kernels(triton, dtype, *runs, case.tensors(), case.grads(), case.terms())
+
+
+@pytest.mark.parametrize("thin", list(test_boundary.THIN))
+def test_ties_of_boundaries_go_where_max_pool2d_sends_them(triton: str, thin: str) -> None:
+    """With few levels most maxima are tied; whole numbers make every sum exact."""
+    case, draw = Boundary((1, 1, 34, 66), 5, thin), torch.Generator().manual_seed(1)
+    z = torch.randint(3, case.size, generator=draw) / 16
+    g = torch.randint(-8, 9, case.size, generator=draw).float()
+    with sodfast.use_backend("reference"):
+        exact = results(case.run(ops.boundary_reference), {"z": [z]}, [g])
+    device = device_of(triton)
+    with running(triton):
+        found = results(case.run(ops.boundary), {"z": [z.to(device)]}, [g.to(device)])
+    for name in ("ys", "z"):
+        assert torch.equal(found[name][0].cpu(), exact[name][0]), name
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_nan_and_infinity_in_boundaries(triton: str, value: float) -> None:
+    z = Source(0).uniform(1, 1, 9, 20)
+    z[0, 0, 0, 0] = z[0, 0, 5, 17] = value
+    leaf = z.to(device_of(triton)).requires_grad_()
+    with running(triton):
+        y = ops.boundary(leaf, 5, "both")
+        (gradient,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+    expected = ops.boundary_reference(z, 5, "both")
+    torch.testing.assert_close(y.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+    assert gradient.any() and gradient.sum() == 0
+
+
+Polishing = test_structure_polishing.Case
+POLISHINGS = [
+    Polishing((2, 1, 9, 13), 3, layout="every second column"),
+    Polishing((1, 1, 37, 67), 7),
+    Polishing((1, 1, 6, 5), 1),
+    Polishing((0, 1, 4, 4), 3),
+]
+
+
+@pytest.mark.parametrize("case", POLISHINGS, ids=str)
+def test_structure_polishing_sums(triton: str, case: Polishing) -> None:
+    runs = (
+        case.run(ops.structure_polishing_sums), case.run(ops.structure_polishing_sums_reference)
+    )  # fmt: skip
+    for dtype in DTYPES if case is POLISHINGS[0] else DTYPES[:1]:
+        check_kernels(triton, dtype, *runs, case.tensors(), case.grads(), case.terms())
+
+
 def nonsense() -> Iterator[Call]:
     """What the raw ops refuse on the CPU, but for the half precision that these kernels take."""
     for module in (
         test_goctconv, test_goctconv_depthwise, test_goctconv_dilated, test_goctconv_norm_act,
-        test_decay, test_dkd,
+        test_decay, test_dkd, test_scfm, test_boundary, test_structure_polishing,
     ):  # fmt: skip
         for name, arguments in module.nonsense():
             leaves = torch.utils._pytree.tree_leaves(arguments)
@@ -340,9 +424,7 @@ ops.goctconv_depthwise([x.double()], weight.double())
         env={**os.environ, "TRITON_INTERPRET": "1", "SODFAST_BACKEND": ""},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert "triton: kernels of the goctconv ops, of decay and dkd, interpreted" in done.stdout, (
-        done.stderr
-    )
+    assert "triton: kernels of all ops, interpreted" in done.stdout, done.stderr
     assert "'triton' was asked for, but the Triton kernels take" in done.stderr
     assert "Overriding" not in done.stderr
 
@@ -387,7 +469,7 @@ def test_gpus_without_compiled_kernels_get_triton(
 def test_the_refusals_name_their_reason() -> None:
     refusal = _triton.refusal
     assert refusal("goctconv", "cuda", torch.bfloat16) is None
-    assert "no Triton kernel for scfm" in str(refusal("scfm", "cuda", torch.float32))
+    assert "no Triton kernel for run_plan" in str(refusal("run_plan", "cuda", torch.float32))
     assert "on mps, and Triton runs on GPUs" in str(refusal("decay_", "mps", torch.float32))
     assert "not torch.float64" in str(refusal("decay_", "cuda", torch.float64))
     if not torch.cuda.is_available():

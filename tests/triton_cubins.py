@@ -100,6 +100,17 @@ def layers(dtype: torch.dtype) -> None:
         kernels.dkd_loss(logits, teacher, truth, bias[:2], 5.0, 25.0, with_gradient)
     kernels.dkd_loss_backward(bias[:2], logits)
 
+    small = torch.empty(2, 20, 28, 28, dtype=dtype)
+    for multiply in (True, False):
+        kernels.scfm(xs[0], small, multiply)
+        kernels.scfm_backward(xs[0], xs[0], small, multiply)
+    for thin in (1, 2, 3):
+        kernels.boundary(xs[0], 13, thin)
+        kernels.boundary_backward(xs[0], xs[0], 13, thin)
+    kernels.structure_polishing_sums(logits, truth, 13)
+    of_sums = torch.empty(2, 2, 3, dtype=dtype)
+    kernels.structure_polishing_sums_backward(of_sums, logits, truth, 13)
+
     lists = [vectors(3, 38) for _ in range(4)]
     means = [torch.empty(24, 38, dtype=dtype) for _ in range(3)]
     kernels.decay_(lists[0], lists[1], means, lists[2], 0.5, True)

@@ -1,6 +1,7 @@
 // torch.ops.sodfast.boundary and structure_polishing_sums, and their gradients, on CUDA.
+#include "bind/cuda.h"  // first: it says which library is compiled
+
 #include "bind/boundary.h"
-#include "bind/cuda.h"
 
 namespace sodfast {
 namespace {

@@ -38,9 +38,9 @@ struct Arguments {
   int64_t pixels, tiles;  // of a plane
   const void *z, *truth, *gsums;
   void* out;
-  double* partial;                       // [block][6]
-  uint8_t *along, *down;                 // how far into its window the maximum is
-  void* edge;                            // the gradient of the boundary of sigmoid(z)
+  double* partial;        // [block][6]
+  uint8_t *along, *down;  // how far into its window the maximum is
+  void* edge;             // the gradient of the boundary of sigmoid(z)
 };
 
 template <class T, bool logistic>
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(threads, 3) trace(const __grid_constant__ Argu
     uint8_t* const down = a.down + block.plane * a.pixels;
     tile_of<T, logistic>(a, a.z, block).make_thin(tile);
     __syncthreads();
-    pool_rows<true>(a.k, tile, [&](int row, int first, const int(&place)[windows]) {
+    pool_rows<true>(a.k, tile, [&](int row, int first, const int (&place)[windows]) {
       const int y = block.y0 + row - radius, x = block.x0 + first;
       if (row < radius || row >= radius + boundary_side || y >= a.rows) return;
       uint8_t* const to = along + static_cast<int64_t>(y) * a.cols + x;
@@ -146,9 +146,9 @@ __global__ void __launch_bounds__(threads, 3) trace(const __grid_constant__ Argu
   }
 }
 
-constexpr int route_rows = 32, route_cols = 64;                            // pixels of a block
-constexpr int thin_rows = route_rows + 2, thin_cols = route_cols + 2;      // t that they are part of
-constexpr int window_cols = thin_cols + 2 * most_radius, run = 17;         // windows over it; outputs of a walk
+constexpr int route_rows = 32, route_cols = 64;                        // pixels of a block
+constexpr int thin_rows = route_rows + 2, thin_cols = route_cols + 2;  // t that they are part of
+constexpr int window_cols = thin_cols + 2 * most_radius, run = 17;     // windows over it; outputs of a walk
 
 template <class A>
 struct Routes {
@@ -194,8 +194,7 @@ __global__ void __launch_bounds__(threads, 3) route(const __grid_constant__ Argu
     for (int i = 0; i < run; ++i) shared.columns[half * run + i][c] = 0;
     if (x < 0 || x >= a.cols) continue;
     walk<A>(
-        first, first + run, a.rows, radius,
-        [&](int y) { return widen(grad[static_cast<int64_t>(y) * a.cols + x]); },
+        first, first + run, a.rows, radius, [&](int y) { return widen(grad[static_cast<int64_t>(y) * a.cols + x]); },
         [&](int y) { return radius > 0 ? a.down[start + static_cast<int64_t>(y) * a.cols + x] : 0; },
         [&](int y, A sum) { shared.columns[y - top][c] = sum; });
   }
@@ -288,8 +287,7 @@ cudaError_t launch_tiles(void (*kernel)(Arguments), const BoundaryShape& shape, 
 cudaError_t boundary(Type type, const BoundaryShape& shape, const void* z, void* out, cudaStream_t stream) {
   Arguments a = arguments_of(shape);
   a.z = z, a.out = out;
-  return for_shape(type, shape,
-                   [&](auto zero) { return launch_tiles(thicken<decltype(zero)>, shape, a, stream); });
+  return for_shape(type, shape, [&](auto zero) { return launch_tiles(thicken<decltype(zero)>, shape, a, stream); });
 }
 
 int64_t boundary_backward_workspace(const BoundaryShape& shape) { return 2 * codes_of(shape); }
@@ -332,8 +330,8 @@ cudaError_t structure_polishing_sums_backward(Type type, const BoundaryShape& sh
                                               cudaStream_t stream) {
   Arguments a = arguments_of(shape);
   a.z = logits, a.truth = truth, a.gsums = gsums, a.out = glogits, a.edge = workspace;
-  a.along = static_cast<uint8_t*>(workspace) + structure_polishing_sums_backward_workspace(type, shape) -
-            2 * codes_of(shape);
+  a.along =
+      static_cast<uint8_t*>(workspace) + structure_polishing_sums_backward_workspace(type, shape) - 2 * codes_of(shape);
   a.down = a.along + codes_of(shape);
   return for_shape(type, shape, [&](auto zero) {
     using T = decltype(zero);

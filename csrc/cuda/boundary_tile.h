@@ -16,7 +16,7 @@ namespace sodfast::cuda {
 
 constexpr int boundary_threads = 256, boundary_side = 64, most_radius = 15;
 constexpr int boundary_around = boundary_side + 2 * most_radius, boundary_pitch = boundary_around + 1;  // odd: no banks
-constexpr int windows = 8;                                              // that a thread makes at once
+constexpr int windows = 8;                                                    // that a thread makes at once
 constexpr int per_thread = boundary_side * boundary_side / boundary_threads;  // pixels: 16 of a column
 
 // Integers in the order of numbers that are not negative.

@@ -44,8 +44,7 @@ struct Place {
   __device__ __forceinline__ Place(const Axis& axis, int d) {
     int64_t r;
     const int64_t twice = 2 * static_cast<int64_t>(axis.large);
-    below = static_cast<int>(
-                divide((2 * static_cast<int64_t>(d) + 1) * axis.small + axis.large, twice, r)) - 1;
+    below = static_cast<int>(divide((2 * static_cast<int64_t>(d) + 1) * axis.small + axis.large, twice, r)) - 1;
     rest = static_cast<unsigned>(r);
   }
   __device__ __forceinline__ void next(const Axis& axis) {
@@ -193,8 +192,7 @@ __global__ void __launch_bounds__(threads, 3) fuse_backward(const __grid_constan
         sum += weight_of(shared.row_first[i], shared.row_part[i], r, a.down.small - 1) * shared.lines[i][lane];
       __syncthreads();
     }
-  if (r < a.down.small && c < a.along.small)
-    narrow(sum, a.gy[small + static_cast<int64_t>(r) * a.along.small + c]);
+  if (r < a.down.small && c < a.along.small) narrow(sum, a.gy[small + static_cast<int64_t>(r) * a.along.small + c]);
 }
 
 Axis axis_of(int64_t large, int64_t small) {
@@ -232,8 +230,8 @@ cudaError_t scfm_backward(Type type, const ScfmShape& shape, const void* g, cons
     using T = decltype(zero);
     Arguments<T> a = arguments_of<T>(shape, x, y, shape.multiply ? gx : nullptr);
     a.g = static_cast<const T*>(g), a.gy = static_cast<T*>(gy);
-    const int64_t blocks = shape.planes * divide_up<int64_t>(shape.from_rows, tile_rows) *
-                           divide_up<int64_t>(shape.from_cols, tile_cols);
+    const int64_t blocks =
+        shape.planes * divide_up<int64_t>(shape.from_rows, tile_rows) * divide_up<int64_t>(shape.from_cols, tile_cols);
     return launch(fuse_backward<T>, blocks, threads, stream, a);
   });
 }

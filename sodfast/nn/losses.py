@@ -172,6 +172,8 @@ def _check(logits: Tensor, truth: Tensor) -> None:
 def _sums(logits: Tensor, truth: Tensor, k: int) -> Tensor:
     """(B * C, 2, 3): of map and boundary Σpg, Σp, Σg."""
     _check(logits, truth)
+    if logits.dtype.itemsize < 4:  # half precision cannot hold the sums
+        logits, truth = logits.float(), truth.float()
     shape = (-1, 1, *logits.shape[-2:])
     return ops.structure_polishing_sums(logits.reshape(shape), truth.reshape(shape), k)
 

@@ -207,7 +207,7 @@ def info() -> str:
             lines.append("reference: plain torch, always available.")
         elif name == "triton":
             how = "interpreted on the CPU, slowly" if _triton.INTERPRETED else "compiled when used"
-            lines.append(f"triton: kernels of the goctconv ops, of decay and dkd, {how}.")
+            lines.append(f"triton: kernels of all ops, {how}.")
         elif name == "cuda":
             import sodfast._C_cuda as cuda
 
@@ -238,7 +238,7 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
     autocast: bool = True,
-    half_on_cuda: bool = False,
+    cuda_autocast: str = "",
 ) -> None:
     """Add the Python side of a compiled op: fake, autograd formula, autocast rule.
 
@@ -246,7 +246,8 @@ def register(
     would warn and go on with zeros. An op whose name ends in "_" works in place: it has no
     gradient, and a graph that still needs the old values raises. Does nothing when no compiled
     module has defined the op. Under autocast an op runs in float32 on the CPU; on CUDA it takes
-    its tensors as they come, or with `half_on_cuda` in the dtype of the autocast.
+    its tensors as they come, or where `cuda_autocast` is "half" in the dtype of the autocast, and
+    where it is "float32" in that.
     """
     if not any(op in ops for ops in _KERNELS.values()):
         return
@@ -263,18 +264,19 @@ def register(
         torch.library.register_autograd(name, formula, setup_context=setup_context)
     if autocast:  # tiny activations and variances: half precision is no good on the CPU
         torch.library.register_autocast(name, "cpu", torch.float32)
-    if half_on_cuda:
-        _register_autocast_on_cuda(op)
+    if cuda_autocast:
+        _register_autocast_on_cuda(op, cuda_autocast == "half")
 
 
-def _register_autocast_on_cuda(op: str) -> None:
+def _register_autocast_on_cuda(op: str, half: bool) -> None:
     """As torch.library.register_autocast, but to the dtype that each autocast asks for."""
     overload = getattr(torch.ops.sodfast, op).default
     key = torch._C.DispatchKey.AutocastCUDA
 
     def cast(x: Tensor) -> Tensor:
         eligible = x.is_cuda and x.is_floating_point() and x.dtype != torch.float64
-        return x.to(torch.get_autocast_dtype("cuda")) if eligible else x
+        dtype = torch.get_autocast_dtype("cuda") if half else torch.float32
+        return x.to(dtype) if eligible else x
 
     def run(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):

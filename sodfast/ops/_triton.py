@@ -23,7 +23,11 @@ OPS = frozenset(
         "_dilated", "_dilated_grad_input", "_dilated_grad_weight",
         "_norm_act", "_norm_act_backward", "_update_stats_",
     )
-) | {"decay_", "adam_decay_", "dkd_sums", "dkd_loss", "dkd_loss_backward"}  # fmt: skip
+) | {
+    "decay_", "adam_decay_", "dkd_sums", "dkd_loss", "dkd_loss_backward", "scfm", "scfm_backward",
+    "boundary", "boundary_backward", "structure_polishing_sums",
+    "structure_polishing_sums_backward",
+}  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GPUS = ("cuda", "xpu")  # "cuda" is torch's name for ROCm's devices too
 

@@ -34,8 +34,8 @@ def boundary(z: Tensor, k: int = 1, thin: str = "inner") -> Tensor:
         k: side of the windows in pixels, odd, 1 to 31. The time hardly depends on it.
         thin: "inner", "outer" or "both".
 
-    float32 or float64 in compiled kernels, other floating dtypes by the reference; under
-    autocast on the CPU everything runs in float32.
+    float32 or float64 on the CPU, float32, float16 or bfloat16 on a GPU in compiled kernels, other
+    floating dtypes by the reference; under autocast on the CPU everything runs in float32.
 
     Returns:
         (B, C, H, W), never negative.
@@ -78,9 +78,10 @@ def structure_polishing_sums(logits: Tensor, truth: Tensor, k: int) -> Tensor:
         truth: (B, 1, H, W), in [0, 1], soft or not; it gets no gradient.
         k: thickness of both boundaries, as of :func:`boundary`.
 
-    Both share one device and one dtype (float32 or float64 in compiled kernels, other floating
-    dtypes by the reference; under autocast on the CPU everything runs in float32). Ties and
-    NaN are as in :func:`boundary`.
+    Both share one device and one dtype: in compiled kernels float32 or float64 on the CPU,
+    float32, float16 or bfloat16 on a GPU, others by the reference. Under autocast everything runs
+    in float32: half precision may not hold the sums. Ties and NaN are as in :func:`boundary`; on a
+    GPU the minima are those of the logits, which sigmoid may round to one number.
 
     Returns:
         (B, 2, 3): per image, of the map and of its boundary, the three sums.
@@ -168,5 +169,6 @@ register(
     fake=_fake_sums,
     backward=_backward_sums,
     setup_context=_setup_context_sums,
+    cuda_autocast="float32",
 )
 register("structure_polishing_sums_backward", fake=_fake_sums_backward)

@@ -116,7 +116,7 @@ register(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
-    half_on_cuda=True,
+    cuda_autocast="half",
 )
 register("goctconv_depthwise_grad_input", fake=_fake_grad_input)
 register("goctconv_depthwise_grad_weight", fake=_fake_grad_weight)

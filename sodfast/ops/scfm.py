@@ -25,9 +25,10 @@ def scfm(x: Tensor, y: Tensor, multiply: bool = True) -> Tensor:
         y: (B, C, h, w).
         multiply: whether up(y) is multiplied with x.
 
-    Both share one device and one dtype (float32 or float64 in compiled kernels, other floating
-    dtypes by the reference; under autocast on the CPU everything runs in float32). NaN and
-    infinity propagate. The gradients are deterministic.
+    Both share one device and one dtype: in compiled kernels float32 or float64 on the CPU,
+    float32, float16 or bfloat16 on a GPU, others by the reference. Under autocast everything runs
+    in float32 on the CPU, in autocast's dtype on CUDA. NaN and infinity propagate. The gradients
+    are deterministic.
 
     Returns:
         (B, C, H, W).
@@ -76,5 +77,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return grad_x if ctx.multiply else grad, grad_y, None
 
 
-register("scfm", fake=_fake, backward=_backward, setup_context=_setup_context)
+register("scfm", fake=_fake, backward=_backward, setup_context=_setup_context, cuda_autocast="half")
 register("scfm_backward", fake=_fake_backward)
