@@ -9,7 +9,8 @@ the 8 that have to move; at k = 31 some 130 reads and maxima, which then are the
 Backward: the same, with the places of the maxima kept in a byte each; then a pixel gathers the
 gradient of those windows of its column that chose it, of those of its row, and of the nine 3 x 3
 windows that see it. No atomics; sums in the order of positions. t is never negative: -1 is below
-all of it. With LOGISTIC the map is sigmoid(z): its extremes are where those of z are.
+all of it. THIN is 1, 2 or 3, in the order above. With LOGISTIC the map is sigmoid(z), whose extremes
+are where those of z are.
 """
 
 import torch
@@ -28,7 +29,6 @@ from ._common import (
     sum_parts,
 )
 
-_EROSION, _DILATION = tl.constexpr(1), tl.constexpr(2)  # bits of thin
 _ROWS, _COLS, _BLOCK = 32, 64, 1024
 
 
@@ -67,8 +67,8 @@ def _thin(z, t, extremes, rows, cols, THIN: tl.constexpr, LOGISTIC: tl.constexpr
             lower, higher = known, known
         low, lowest = tl.where(lower, value, low), tl.where(lower, place, lowest)
         high, highest = tl.where(higher, value, high), tl.where(higher, place, highest)
-    low = low if THIN & _EROSION else here
-    high = high if THIN & _DILATION else here
+    low = low if THIN != 2 else here
+    high = high if THIN != 1 else here
     if LOGISTIC:
         low, high = _sigmoid(low), _sigmoid(high)
     tl.store(t + start + row * cols + col, high - low, mask=known)
@@ -138,9 +138,9 @@ def _route_thin(thin, extremes, logits, truth, weights, out, rows, cols, THIN: t
     start = plane * rows * cols
     at = start + row * cols + col
     total = tl.zeros((ROWS, COLS), tl.float32)
-    if THIN == _EROSION:
+    if THIN == 1:
         total = tl.load(thin + at, mask=known, other=0.0)
-    if THIN == _DILATION:
+    if THIN == 2:
         total = -tl.load(thin + at, mask=known, other=0.0)
     for i in tl.static_range(9):  # the window centred there: this pixel is its place 8 - i
         v, h = row + (i // 3 - 1), col + (i % 3 - 1)
@@ -148,9 +148,9 @@ def _route_thin(thin, extremes, logits, truth, weights, out, rows, cols, THIN: t
         there = start + v * cols + h
         code = tl.load(extremes + there, mask=inside, other=255).to(tl.int32)
         of_window = tl.load(thin + there, mask=inside, other=0.0)
-        if THIN & _EROSION:
+        if THIN != 2:
             total -= tl.where(code % 16 == 8 - i, of_window, 0.0)
-        if THIN & _DILATION:
+        if THIN != 1:
             total += tl.where(code // 16 == 8 - i, of_window, 0.0)
     if logits is not None:
         p = _sigmoid(tl.load(logits + at, mask=known, other=0.0).to(tl.float32))

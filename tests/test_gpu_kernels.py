@@ -278,7 +278,7 @@ def test_boundary_drawn(gpu: str, case: test_boundary.Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        # Several tiles; windows smaller and larger than what a thread makes at once, and than a map.
+        # Several tiles; windows smaller and larger than a thread makes at once, and than a map.
         test_boundary.Case((1, 2, 70, 136), 13),
         test_boundary.Case((2, 1, 97, 131), 31, "both"),
         test_boundary.Case((1, 1, 130, 19), 7, "outer", "channels_last"),

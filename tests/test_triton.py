@@ -286,7 +286,7 @@ FUSIONS = [
 
 
 @pytest.mark.parametrize("case", FUSIONS, ids=str)
-def test_scfm(triton: str, case: Scfm) -> None:
+def test_fusions(triton: str, case: Scfm) -> None:
     runs = case.run(ops.scfm), case.run(ops.scfm_reference)
     for dtype in DTYPES if case is FUSIONS[0] else DTYPES[:1]:
         check_kernels(triton, dtype, *runs, case.tensors(), case.grads(), case.terms())
