@@ -9,7 +9,7 @@ the 8 that have to move; at k = 31 some 130 reads and maxima, which then are the
 Backward: the same, with the places of the maxima kept in a byte each; then a pixel gathers the
 gradient of those windows of its column that chose it, of those of its row, and of the nine 3 x 3
 windows that see it. No atomics; sums in the order of positions. t is never negative: -1 is below
-all of it. THIN is 1, 2 or 3, in the order above. With LOGISTIC the map is sigmoid(z), whose extremes
+all of it. THIN is 1, 2 or 3, in the order above. With LOGISTIC the map is sigmoid(z): its extremes
 are where those of z are.
 """
 
@@ -210,7 +210,7 @@ def _grid(z: Tensor) -> tuple[int, int]:
     return z.shape[0] * z.shape[1], tiles
 
 
-_TILE = {"ROWS": _ROWS, "COLS": _COLS}
+_TILE = {"ROWS": _ROWS, "COLS": _COLS, "num_warps": 16}  # 4 pixels a thread
 
 
 class _Trace:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._common import area, check, check_like, check_shape
 
-_BLOCK = 1024
+_BLOCK = 512
 
 
 @triton.jit

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import sodfast
+from gpu.scfnet_works import MapWork
 from gpu.works import DTYPES, Work
-from sodfast.optim import DynamicWeightDecay, parameter_groups
 
 LEAVES = (
     sodfast.nn.GOctConv, sodfast.nn.SimplifiedGOctConv, sodfast.nn.DilatedBank,
@@ -52,7 +51,7 @@ class Form:
         make = _training_step if work.kind == "training" else _op_step
         if work.kind != "training" and not work.training:
             make = _inference_step
-        step = make(module, xs, not work.layer, autocast, self.compiled)
+        step = make(module, xs, work, autocast, self.compiled)
         return _captured(step) if self.graph else step
 
 
@@ -67,8 +66,8 @@ FORMS = [
 ]
 
 
-def _call(module: nn.Module, xs: list[Tensor], single: bool) -> Any:
-    return module(xs[0]) if single else module(xs)
+def _call(module: nn.Module, xs: list[Tensor], work: Work) -> Any:
+    return module(xs) if work.layer else module(xs[0])
 
 
 def _compiled(function: Callable[..., Any], wanted: bool) -> Callable[..., Any]:
@@ -76,48 +75,45 @@ def _compiled(function: Callable[..., Any], wanted: bool) -> Callable[..., Any]:
 
 
 def _inference_step(
-    module: nn.Module, xs: list[Tensor], single: bool, autocast: bool, compiled: bool
+    module: nn.Module, xs: list[Tensor], work: Work, autocast: bool, compiled: bool
 ) -> Callable[[], Any]:
     run = _compiled(module, compiled)
 
     def step() -> Any:
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            return _call(run, xs, single)
+            return _call(run, xs, work)
 
     return step
 
 
 def _op_step(
-    module: nn.Module, xs: list[Tensor], single: bool, autocast: bool, compiled: bool
+    module: nn.Module, xs: list[Tensor], work: Work, autocast: bool, compiled: bool
 ) -> Callable[[], Any]:
     """Forward and backward of a layer, with the gradients of its inputs and parameters."""
-    image = not single and xs[0].shape[1] == 3
-    xs = [x.requires_grad_(not image) for x in xs]
+    xs = [x.requires_grad_(i < work.differentiated) for i, x in enumerate(xs)]
     leaves = [x for x in [*xs, *module.parameters()] if x.requires_grad]
     run = _compiled(module, compiled)
 
     def forward() -> list[Tensor]:
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            return [y for y in tree_leaves(_call(run, xs, single)) if y.requires_grad]
+            return [y for y in tree_leaves(_call(run, xs, work)) if y.requires_grad]
 
     grads = [1e-3 * torch.randn_like(y) for y in forward()]
     return lambda: torch.autograd.grad(forward(), leaves, grads, allow_unused=True)
 
 
 def _training_step(
-    module: nn.Module, xs: list[Tensor], single: bool, autocast: bool, compiled: bool
+    module: nn.Module, xs: list[Tensor], work: Work, autocast: bool, compiled: bool
 ) -> Callable[[], Any]:
-    """Forward, loss, backward, dynamic weight decay and Adam; capturable as a whole."""
-    target = (torch.rand_like(xs[0][:, :1]) > 0.5).float()
-    adam = torch.optim.Adam(parameter_groups(module), lr=1e-4, capturable=True)
-    optimizer = DynamicWeightDecay(adam, module)
+    """Forward, loss, backward and the optimizer's step; capturable as a whole."""
+    criterion, optimizer = work.parts(module, xs[0])
     run = _compiled(module, compiled)
 
     def step() -> Any:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            logits = run(xs[0])
-        F.binary_cross_entropy_with_logits(logits.float(), target).backward()
+            result = run(xs[0])
+        criterion(result).backward()
         optimizer.step()
 
     return step
@@ -149,6 +145,8 @@ def limit_bytes(work: Work) -> int:
     and reads and writes parameters' worth once more each. A network's layers are summed as if
     nothing were fused across them.
     """
+    if isinstance(work, MapWork):
+        return work.values() * DTYPES[work.dtype].itemsize
     module = work.module().to("meta")
     total = 0
 
@@ -158,13 +156,13 @@ def limit_bytes(work: Work) -> int:
             sum(x.numel() for x in tree_leaves(group) if isinstance(x, Tensor))
             for group in (args, result, list(layer.parameters(recurse=True)))
         ]
-        weights = (3, 2, 3) if work.training else (1, 1, 1)
+        weights = (3, 2, 3) if work.training and layer.training else (1, 1, 1)  # a teacher does not
         total += sum(n * w for n, w in zip(numbers, weights))
 
     hooks = [m.register_forward_hook(add) for m in module.modules() if isinstance(m, LEAVES)]
     xs = [torch.empty(shape, device="meta") for shape in work.shapes()]
     with torch.no_grad(), sodfast.use_backend("reference"):
-        _call(module, xs, not work.layer)
+        _call(module, xs, work)
     for hook in hooks:
         hook.remove()
     return total * DTYPES[work.dtype].itemsize

@@ -29,6 +29,7 @@ from base import revision_of  # noqa: E402
 from rows import fill_ratios  # noqa: E402
 
 from gpu.forms import FORMS, limit_bytes  # noqa: E402
+from gpu.scfnet_works import scfnet_works  # noqa: E402
 from gpu.works import DTYPES, Work, works  # noqa: E402
 from sodfast.ops import _backend  # noqa: E402
 from sodfast.weights import atomic_write  # noqa: E402
@@ -48,7 +49,7 @@ class Timed(NamedTuple):
 def main() -> int:
     parser = argparse.ArgumentParser(description="Times sodfast on a GPU.")
     parser.add_argument("--kind", choices=("op", "inference", "training"), required=True)
-    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--case", default="", help="only cases whose "op: case" has all these words")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="only this; both by default")
     parser.add_argument("--variants", default="", help="only these, separated by commas")
     parser.add_argument("--seconds", type=float, default=0.5, help="of timing per row")
@@ -65,8 +66,9 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: a copy moves "
           f"{bandwidth / 1e9:.0f} GB/s")  # fmt: skip
     status = 0
-    for work in works(args.kind):
-        if args.case in work.label and args.dtype in (None, work.dtype):
+    for work in (*works(args.kind), *scfnet_works(args.kind)):
+        text = f"{work.name}: {work.label}"
+        if all(word in text for word in args.case.split()) and args.dtype in (None, work.dtype):
             rows = list(rows_of(work, chosen, bandwidth, args.seconds))
             fill_ratios(rows)
             print(table(rows), flush=True)

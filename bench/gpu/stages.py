@@ -37,10 +37,15 @@ STAGES: dict[str, list[str]] = {
     **{f"bench-{name}-{dtype}": [*BENCH, "--kind", kind, "--case", case, "--dtype", dtype]
        for dtype in ("fp32", "bf16")
        for name, kind, case in (
-           ("ops", "op", "inference"), ("ops-training", "op", "training"),
-           ("x1-L", "inference", "x1-L"), ("x2-L", "inference", "x2-L"),
-           ("training-24", "training", "batch 24"), ("training-128", "training", "batch 128"),
+           ("ops", "op", "csnet inference"), ("ops-training", "op", "csnet training"),
+           ("scfm", "op", "scfm:"), ("scfnet", "inference", "scfnet:"),
+           ("x1-L", "inference", "csnet: x1-L"), ("x2-L", "inference", "csnet: x2-L"),
+           ("training-24", "training", "csnet: batch 24"),
+           ("training-128", "training", "csnet: batch 128"),
+           ("distillation", "training", "kd-scfnet:"),
        )},
+    **{f"bench-{case}": [*BENCH, "--kind", "op", "--case", f"{case}:"]
+       for case in ("boundary", "structure_polishing_sums", "dkd")},
 }  # fmt: skip
 
 
@@ -54,7 +59,7 @@ def main() -> int:
         parser.error(f"unknown stage {unknown[0]!r}; known are {', '.join(STAGES)}")
     if args.list:
         for name, command in STAGES.items():
-            print(f"{name:<20}{'done' if (DONE / name).exists() else '':<6}{' '.join(command)}")
+            print(f"{name:<32}{'done' if (DONE / name).exists() else '':<6}{' '.join(command)}")
         return 0
     reason = why_not()
     if reason:

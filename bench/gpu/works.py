@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from cases.goctconv import INFERENCE, TRAINING
 from networks import ACTIVATION, SIZE, _input_shapes, build_network
 from torch import Tensor, nn
 
 import sodfast
+from sodfast.optim import DynamicWeightDecay, parameter_groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OP_BATCH = {False: 64, True: 24}
@@ -38,6 +40,12 @@ class Work:
         passes = "training" if self.training else "inference"
         return " ".join(filter(None, (self.network, self.layer, passes, f"batch {self.batch}")))
 
+    @property
+    def differentiated(self) -> int:
+        """How many of the inputs get a gradient, from the first on: an image needs none."""
+        shapes = self.shapes()
+        return 0 if shapes[0][1] == 3 else len(shapes)
+
     def module(self) -> nn.Module:
         """The network or layer, fused where it does not train."""
         torch.manual_seed(0)
@@ -61,6 +69,17 @@ class Work:
         module = self.module().cuda()
         scale = ACTIVATION if self.layer else 1.0
         return module, [scale * torch.randn(shape, device="cuda") for shape in self.shapes()]
+
+    def parts(
+        self, module: nn.Module, x: Tensor
+    ) -> tuple[Callable[[Tensor], Tensor], torch.optim.Optimizer]:
+        """What a step of training needs besides: from the result to the loss; the optimizer."""
+        target = (torch.rand_like(x[:, :1]) > 0.5).float()
+        adam = torch.optim.Adam(parameter_groups(module), lr=1e-4, capturable=True)
+        return (
+            lambda logits: F.binary_cross_entropy_with_logits(logits.float(), target),
+            DynamicWeightDecay(adam, module),
+        )
 
 
 def works(kind: str) -> Iterator[Work]:
