@@ -276,11 +276,11 @@ def test_small_errors_of_a_network_keep_their_digits(triton: str) -> None:
 
 Scfm = test_scfm.Case
 FUSIONS = [
-    Scfm((2, 2, 8, 12), (4, 6), layout="every second column"),
+    Scfm((2, 1, 6, 8), (3, 4), layout="every second column"),
     Scfm((1, 1, 7, 9), (3, 4), multiply=False),
     Scfm((1, 2, 5, 3), (9, 8)),
-    Scfm((1, 1, 9, 33), (1, 1)),
-    Scfm((1, 1, 40, 50), (20, 10)),
+    Scfm((1, 1, 3, 9), (1, 1)),
+    Scfm((1, 1, 40, 50), (20, 25)),
     Scfm((0, 2, 4, 4), (2, 2)),
 ]
 

@@ -8,6 +8,7 @@ from torch import Tensor
 import sodfast
 from sodfast.ops import (
     adam_decay_,
+    boundary,
     decay_,
     dkd_loss,
     dkd_sums,
@@ -16,6 +17,8 @@ from sodfast.ops import (
     goctconv_dilated,
     goctconv_norm_act,
     goctconv_update_stats_,
+    scfm,
+    structure_polishing_sums,
 )
 
 
@@ -79,6 +82,14 @@ def main() -> None:
             teacher, truth = teacher.detach(), teacher.detach().sigmoid()
             assert dkd_sums(student, teacher, truth).isfinite().all()
             differentiate([dkd_loss(student, teacher, truth, truth[:, 0, 0, 0], 5.0, 25.0)])
+            for side, small in (((40, 56), (20, 28)), ((37, 43), (5, 60)), ((9, 300), (3, 1))):
+                x, y = maps((3,), side, dtype)[0], maps((3,), small, dtype)[0]
+                differentiate([scfm(x, y), scfm(x, y, multiply=False)])
+            for k in (1, 5, 13, 31):
+                for thin in ("inner", "outer", "both"):
+                    for z in (maps((2,), (70, 136), dtype)[0], maps((1,), (33, 67), dtype)[0]):
+                        differentiate([boundary(z, k, thin)])
+                differentiate([structure_polishing_sums(student, truth, k)])
             assert means.isfinite().all()
     torch.cuda.synchronize()
     print("every CUDA kernel ran")

@@ -49,7 +49,7 @@ class Timed(NamedTuple):
 def main() -> int:
     parser = argparse.ArgumentParser(description="Times sodfast on a GPU.")
     parser.add_argument("--kind", choices=("op", "inference", "training"), required=True)
-    parser.add_argument("--case", default="", help="only cases whose "op: case" has all these words")
+    parser.add_argument("--case", default="", help="only cases with these words")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="only this; both by default")
     parser.add_argument("--variants", default="", help="only these, separated by commas")
     parser.add_argument("--seconds", type=float, default=0.5, help="of timing per row")
