@@ -148,3 +148,21 @@ def settle(model: torch.nn.Module, inputs: Any) -> torch.nn.Module:
     for norm in norms:
         norm.momentum = 0.1
     return model.eval()
+
+
+@pytest.fixture(params=gpu_kernels.BACKENDS)
+def gpu(request: pytest.FixtureRequest) -> str:
+    """A way to run the CUDA kernels that is there."""
+    reason = gpu_kernels.available()[request.param]
+    if reason:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture(params=triton_kernels.BACKENDS)
+def triton(request: pytest.FixtureRequest) -> str:
+    """A way to run the Triton kernels that is there."""
+    reason = triton_kernels.available()[request.param]
+    if reason:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param

@@ -25,13 +25,19 @@ LIMIT = 600  # seconds per stage
 PYTHON = sys.executable
 BENCH = [PYTHON, "bench/gpu/run.py"]
 SANITIZER = ["compute-sanitizer", "--error-exitcode", "9"]
-OURS = ["--kernel-name", "kns=sodfast"]  # not for initcheck: it has to see what torch's kernels write
+OURS = ["--kernel-name", "kns=sodfast"]  # not for initcheck: it must see what torch's kernels write
+    "--kernel-name",
+    "kns=sodfast",
+]  # not for initcheck: it has to see what torch's kernels write
 EXERCISE = [PYTHON, "bench/gpu/exercise.py"]
 
 STAGES: dict[str, list[str]] = {
     "build": [PYTHON, "setup.py", "build_ext", "--inplace"],
     "tests": [PYTHON, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider",
-              "tests/test_gpu_kernels.py", "tests/test_decay.py", "tests/test_cuda_sources.py"],
+              "tests/test_gpu_kernels.py", "tests/test_gpu_maps.py", "tests/test_decay.py",
+              "tests/test_cuda_sources.py"],
+    "tests-triton": [PYTHON, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider",
+                     "tests/test_triton.py", "tests/test_triton_maps.py"],
     **{tool: [*SANITIZER, *OURS, "--tool", tool, *EXERCISE]
        for tool in ("memcheck", "racecheck", "synccheck")},
     "initcheck": [*SANITIZER, "--tool", "initcheck", *EXERCISE],
