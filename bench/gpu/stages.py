@@ -25,10 +25,7 @@ LIMIT = 600  # seconds per stage
 PYTHON = sys.executable
 BENCH = [PYTHON, "bench/gpu/run.py"]
 SANITIZER = ["compute-sanitizer", "--error-exitcode", "9"]
-OURS = ["--kernel-name", "kns=sodfast"]  # not for initcheck: it must see what torch's kernels write
-    "--kernel-name",
-    "kns=sodfast",
-]  # not for initcheck: it has to see what torch's kernels write
+OURS = ["--kernel-name", "kns=sodfast"]  # but initcheck must see what torch's kernels write
 EXERCISE = [PYTHON, "bench/gpu/exercise.py"]
 
 STAGES: dict[str, list[str]] = {
