@@ -8,6 +8,7 @@
 // them have: (k + 7) / 8 reads and some (k + 20) / 8 maxima per window.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "cuda/numbers.h"
