@@ -137,3 +137,13 @@ def test_in_a_network_of_a_stranger():
         optimizer.step()
     assert before > 0.5
     assert DiceLoss()(network(image)[0], truth).item() < 0.1
+
+
+def test_half_precision_holds_no_sums_so_they_are_float32() -> None:
+    """Sums over 352² pixels are beyond float16."""
+    logits = torch.randn(1, 1, 352, 352, generator=torch.Generator().manual_seed(0)).half()
+    truth = torch.ones_like(logits)
+    found = StructurePolishingLoss()(logits.requires_grad_(), truth)
+    assert found.item() == StructurePolishingLoss()(logits.float(), truth.float()).item()
+    (gradient,) = torch.autograd.grad(found, logits)
+    assert gradient.dtype == torch.float16 and gradient.isfinite().all()
