@@ -14,7 +14,7 @@ Object Detection.
 """
 
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class DynamicDistillationLoss(nn.Module):
         kl_mean: str = "pixels",
     ) -> None:
         super().__init__()
-        shares = {
+        shares: dict[str, Any] = {
             "p": p, "threshold": threshold, "epsilon": epsilon, "fixed_weight": fixed_weight
         }  # fmt: skip
         for name, value in {**shares, "temperature": temperature}.items():
