@@ -91,7 +91,7 @@ class DynamicDistillationLoss(nn.Module):
             # From a recipe comes whatever stands there.
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name} must be a number, not {value!r}")
-            if name in shares and not 0 <= value <= 1:
+            if name in shares and not 0 <= float(value) <= 1:
                 raise ValueError(f"{name} must be in 0–1, not {value}")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
