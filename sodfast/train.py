@@ -14,7 +14,6 @@ import copy
 import json
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,12 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .launch import Launch
-from .models import count, create_model, input_channels
+from .models import count, input_channels
 from .objective import Objective
 from .optim import DynamicWeightDecay, parameter_groups
 from .prune import estimate_statistics, prune
 from .recipe import Recipe
+from .resume import State, begin, capture, restore
 from .runlog import Losses, NotFinite, RunLog, TeachingLog, draw_curves, environment
 from .schedule import (
     check_sizes,
@@ -106,17 +106,6 @@ def train(
             trainer.close()
 
 
-@dataclass
-class State:
-    """Where a run stands; with the tensors, all that a checkpoint holds."""
-
-    step: int = 0
-    seconds: float = 0.0  # spent so far, of all sessions
-    eliminated_at: float = -1.0  # part of the schedule that was done then; -1: not yet
-    best: float = -1.0  # max-F of the phase's best validation
-    loss: float = 0.0  # running mean for the log
-
-
 class Trainer:
     """One run: what `train` does, in the order of the methods below."""
 
@@ -141,21 +130,10 @@ class Trainer:
         rows, self.held = sources.split(recipe.held_out)
         names = sources.identity(rows)
         torch.manual_seed(recipe.seed)
-        found = checkpoint.latest(self.run) if self.resume else None
+        model, found = begin(recipe, self.run, self.resume, init, names)
         if found is not None:
             path, saved, complaints = found
-            then = {**Recipe().as_dict(), **saved["recipe"]}  # a setting may be younger than it
-            changed = [key for key, value in recipe.as_dict().items() if then[key] != value]
-            if changed:
-                raise ValueError(f"{path}: the run had another recipe; differs: {changed}")
-            if saved["names"] != names:
-                raise ValueError(f"{path}: the run was trained on other pictures than these")
             self.state = State(**saved["state"])
-            model = create_model(saved["model"]["name"], **saved["model"]["config"])
-        elif init is not None:
-            model = load(init).train().requires_grad_(True)
-        else:
-            model = create_model(recipe.model, **recipe.config)
         check_sizes(recipe, getattr(model, "size_multiple", 16))
         self.names = names
         pre: dict[str, Any] = model.preprocessing  # type: ignore[assignment]
@@ -171,7 +149,7 @@ class Trainer:
         self.total_steps = recipe.epochs * self.steps_per_epoch
         self.adopt(model)
         if found is not None:
-            self.restore(saved)
+            restore(saved, self.model, self.average, self.optimizer, self.launch)
 
         self.log = RunLog(self.run, active=self.launch.is_main)
         self.teaching = TeachingLog(self.run, self.launch.rank)
@@ -398,29 +376,11 @@ class Trainer:
         self.state.seconds = self.seconds()
         if not self.launch.is_main:
             return
-        saved = {
-            "recipe": self.recipe.as_dict(),
-            "names": self.names,
-            "state": vars(self.state).copy(),
-            "model": {"name": self.model.name, "config": self.model.config},
-            "parameters": self.model.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.launch.scaler_state(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
+        saved = capture(
+            self.recipe, self.names, self.state, self.model, self.average, self.optimizer,
+            self.launch,
+        )  # fmt: skip
         checkpoint.save(self.run, self.state.step, saved)
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        self.model.load_state_dict(saved["parameters"])
-        if self.average is not None:
-            self.average.load_state_dict(saved["average"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.launch.load_scaler_state(saved["scaler"])
-        torch.set_rng_state(saved["random"])
-        if torch.cuda.is_available() and saved["random_cuda"]:
-            torch.cuda.set_rng_state_all(saved["random_cuda"])
 
     def finish(self) -> dict[str, Any]:
         """The table: each network of the run with its size, its work and its held-out scores."""

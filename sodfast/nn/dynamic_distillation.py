@@ -14,7 +14,7 @@ Object Detection.
 """
 
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class DynamicDistillationLoss(nn.Module):
         kl_mean: str = "pixels",
     ) -> None:
         super().__init__()
-        shares = {
+        shares: dict[str, Any] = {
             "p": p, "threshold": threshold, "epsilon": epsilon, "fixed_weight": fixed_weight
         }  # fmt: skip
         for name, value in {**shares, "temperature": temperature}.items():
@@ -91,7 +91,7 @@ class DynamicDistillationLoss(nn.Module):
             # From a recipe comes whatever stands there.
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name} must be a number, not {value!r}")
-            if name in shares and not 0 <= value <= 1:
+            if name in shares and not 0 <= float(value) <= 1:
                 raise ValueError(f"{name} must be in 0–1, not {value}")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
