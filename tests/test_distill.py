@@ -173,7 +173,7 @@ def test_weak_labels_are_the_teachers_maps_and_are_not_made_twice(
     assert not list(tmp_path.glob("*.npy"))
 
     row = 7
-    map_ = sodfast.Predictor(teacher.model)(np.asarray(cache.images[row]))
+    map_ = sodfast.Predictor(folder / "teacher.safetensors")(np.asarray(cache.images[row]))
     assert map_.std() > 0
     assert np.abs(labelled.masks[row].astype(int) - map_).max() <= 2
     assert np.array_equal(labelled.images, cache.images)

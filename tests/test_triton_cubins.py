@@ -1,6 +1,7 @@
 """Every Triton kernel compiles to machine code for two generations of GPUs, without a GPU."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,5 +45,5 @@ def test_every_kernel_becomes_a_cubin_and_keeps_its_registers(tmp_path: Path) ->
 
 def _launched(source: str) -> list[str]:
     """The kernels of a file: functions of Triton that are started with a grid."""
-    names = [line.split("(")[0][4:] for line in source.splitlines() if line.startswith("def _")]
-    return [name for name in names if f"{name}[(" in source]
+    names = re.findall(r"^@triton\.jit\ndef (\w+)\(", source, re.MULTILINE)
+    return [name for name in names if re.search(rf"(?<!\w){name}\[", source)]
