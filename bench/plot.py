@@ -61,8 +61,13 @@ def newest(path: Path) -> list[Row]:
     return sorted(latest.values(), key=lambda row: (row["case"], -float(row["median_ms"])))
 
 
+def name(row: Row) -> str:
+    """The network and the side of its input."""
+    return f"{row['case'].removeprefix('csnet-')}, {row['shape'].split('×')[-1]}"
+
+
 def bars(axis: Any, rows: list[Row]) -> None:
-    labels = [f"{row['case'].removeprefix('csnet-')}  {row['variant']}" for row in rows]
+    labels = [f"{name(row)}  {row['variant']}" for row in rows]
     times = [float(row["median_ms"]) for row in rows]
     spread = [
         [t - float(row["p20_ms"]) for t, row in zip(times, rows)],
@@ -73,7 +78,7 @@ def bars(axis: Any, rows: list[Row]) -> None:
     for y, t in enumerate(times):
         axis.text(t, y, f" {t:.1f}", va="center", fontsize=8)
     axis.invert_yaxis()
-    axis.set(xlabel="ms per 224 × 224 image, one thread", title=rows[-1]["machine"])
+    axis.set(xlabel="ms per image, one thread", title=rows[-1]["machine"])
     axis.tick_params(axis="y", labelsize=8)
     axis.margins(x=0.12)
 
@@ -82,23 +87,26 @@ def roofline(axis: Any, rows: list[Row]) -> None:
     """MACs per byte that must be moved (arguments, weights and result once) against GMAC/s."""
     last = rows[-1]
     intensity = [float(row["macs"]) / float(row["bytes"]) for row in rows]
-    left, right = min(intensity) / 4, max(intensity) * 4
     sgemm, conv = float(last["sgemm_gmac_per_s"]), float(last["conv_gmac_per_s"])
     copy = float(last["copy_gb_per_s"])
-    for peak, name in ((sgemm, "sgemm"), (conv, "3×3 convolution of oneDNN")):
-        axis.plot([left, right], [peak, peak], color="dimgrey", lw=1)
-        axis.text(left, peak * 1.04, f"{name}: {peak:.0f} GMAC/s", fontsize=8)
-    knee = [left, max(sgemm, conv) / copy]
-    axis.plot(knee, [x * copy for x in knee], color="dimgrey", lw=1, ls="--")
-    axis.text(left, left * copy, f"copy in {last['copy_level']}: {copy:.0f} GB/s", fontsize=8)
+    knee = max(sgemm, conv) / copy
+    left, right = knee / 12, max(intensity) * 8
+    for peak, what in ((sgemm, "sgemm"), (conv, "3×3 convolution of oneDNN")):
+        axis.plot([peak / copy, right], [peak, peak], color="dimgrey", lw=1)
+        axis.text(peak / copy * 1.1, peak * 1.04, f"{what}: {peak:.0f} GMAC/s", fontsize=8)
+    axis.plot([left, knee], [left * copy, knee * copy], color="dimgrey", lw=1, ls="--")
+    axis.text(left * 1.3, left * copy, f"copy in {last['copy_level']}: {copy:.0f} GB/s", fontsize=8)
     for x, row in zip(intensity, rows):
         ours = row["baseline"] != "1"
         axis.scatter(
             x, float(row["gmac_per_s"]), color=OURS if ours else "grey", s=40 if ours else 15
         )
         if ours or row["variant"] == "OpenVINO":
-            label = f" {row['case'].removeprefix('csnet-')} {row['variant']}"
-            axis.text(x, float(row["gmac_per_s"]), label, fontsize=8)
+            # x1-L and x2-L lie side by side: one label to the left, one to the right.
+            side, sign = ("right", " ") if "x1" in row["case"] else ("left", "")
+            label = f"{'' if sign else '  '}{name(row).split(',')[0]} {row['variant']}{2 * sign}"
+            height = float(row["gmac_per_s"]) * 0.86
+            axis.text(x, height, label, fontsize=8, horizontalalignment=side)
     axis.set(xscale="log", yscale="log", xlabel="MACs per byte", ylabel="GMAC/s", title="Roofline")
 
 
