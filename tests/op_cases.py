@@ -238,8 +238,9 @@ def assert_as_good_as_eager(
 
 
 def check_against_reference(
-    run: Run, reference: Run, tensors: Tensors, grads: Sequence[Tensor], terms: dict[str, float]
-) -> None:
+    run: Run, reference: Run, tensors: Tensors, grads: Sequence[Tensor], terms: dict[str, float],
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> None:  # fmt: skip
     """Compares the compiled op, outputs and gradients, with its reference.
 
     float32 kernels of every instruction set: as :func:`assert_as_good_as_eager` says, eager
@@ -253,6 +254,7 @@ def check_against_reference(
         grads: the gradients of the outputs.
         terms: how many products a value of "ys" or of the gradient to a name sums up; 1 where
             nothing is said.
+        memory_format: what the results must have.
     """
     wide, wide_grads = doubled(tensors), [grad.double() for grad in grads]
     # One thread: small shapes are faster so, above all on a busy machine.
@@ -263,7 +265,8 @@ def check_against_reference(
             with instruction_set(isa):
                 found = results(run, tensors, grads)
             for name, group in found.items():
-                assert all(t.is_contiguous() and t.dtype == torch.float32 for t in group)
+                assert all(t.is_contiguous(memory_format=memory_format) for t in group)
+                assert all(t.dtype == torch.float32 for t in group)
                 assert_as_good_as_eager(
                     f"{isa} {name}", group, eager[name], exact[name], terms.get(name, 1)
                 )

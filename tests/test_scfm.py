@@ -57,9 +57,16 @@ class Case:
             "y": [lay_out(source.uniform(*self.size[:2], *self.small), self.layout)],
         }
 
+    def memory_format(self) -> torch.memory_format:
+        """Of the results: that of x."""
+        (x,) = self.tensors()["x"]
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return torch.channels_last if last else torch.contiguous_format
+
     def grads(self) -> list[Tensor]:
         # x + up(y) hands x's gradient through as it comes, in its layout.
-        layout = self.layout if self.multiply else "contiguous"
+        kept = self.multiply or self.memory_format() == torch.channels_last
+        layout = self.layout if kept else "contiguous"
         return [lay_out(Source(self.seed + 1).uniform(*self.size), layout, (2, 3))]
 
     def terms(self) -> dict[str, float]:
@@ -86,8 +93,9 @@ def cases(draw: st.DrawFn) -> Case:
 @given(cases())
 def test_values_and_gradients(case: Case) -> None:
     check_against_reference(
-        case.run(scfm), case.run(scfm_reference), case.tensors(), case.grads(), case.terms()
-    )
+        case.run(scfm), case.run(scfm_reference), case.tensors(), case.grads(), case.terms(),
+        case.memory_format(),
+    )  # fmt: skip
 
 
 LARGE = [
@@ -96,13 +104,17 @@ LARGE = [
     Case((1, 1, 352, 352), (100, 300), layout="channels_last"),
     Case((3, 2, 50, 61), (97, 131)),
     Case((1, 2, 5, 700), (5, 3)),
+    Case((8, 16, 44, 44), (22, 22), layout="channels_last"),
+    Case((2, 21, 40, 33), (7, 50), multiply=False, layout="channels_last"),
 ]
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large(case: Case) -> None:
     compiled, reference = case.run(scfm), case.run(scfm_reference)
-    check_against_reference(compiled, reference, case.tensors(), case.grads(), case.terms())
+    check_against_reference(
+        compiled, reference, case.tensors(), case.grads(), case.terms(), case.memory_format()
+    )
     assert_deterministic(compiled, case.tensors(), case.grads())
 
 

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
@@ -16,6 +17,7 @@
 
 namespace sodfast {
 
+using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
@@ -123,13 +125,35 @@ inline Tensors contiguous_all(const Tensors& xs) {
   return out;
 }
 
+// Whether a tensor lies in memory as (B, H, W, C); false for one that also lies as (B, C, H, W).
+inline bool is_channels_last(const Tensor& t) {
+  if (t.dim() != 4 || t.numel() == 0 || t.is_contiguous()) return false;
+  int64_t stride = 1;
+  for (int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) != 1 && t.stride(d) != stride) return false;
+    stride *= t.size(d);
+  }
+  return true;
+}
+inline MemoryFormat format_of(const Tensor& t) {
+  return is_channels_last(t) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+// The tensor itself where it lies in memory that way. Asking torch costs a microsecond, so it is asked for copies only.
+inline Tensor contiguous_in(MemoryFormat format, const Tensor& t) {
+  const bool is = format == MemoryFormat::ChannelsLast ? is_channels_last(t) : t.is_contiguous();
+  return is ? t : torch::stable::contiguous(t, format);
+}
+
 inline Tensor empty_for(const Tensor& like, const std::vector<int64_t>& size) {
   return torch::stable::new_empty(like, size);
 }
 
-// Contiguous, of the shape of a (B, C, H, W) tensor.
-inline Tensor empty_maps(const Tensor& like) {
-  return empty_for(like, {like.size(0), like.size(1), like.size(2), like.size(3)});
+// Of the shape of a (B, C, H, W) tensor.
+inline Tensor empty_maps(const Tensor& like, MemoryFormat format = MemoryFormat::Contiguous) {
+  const std::vector<int64_t> size = {like.size(0), like.size(1), like.size(2), like.size(3)};
+  if (format == MemoryFormat::Contiguous) return empty_for(like, size);
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
 }
 
 inline Tensors empty_pyramid(const Tensor& like, const Pyramid& p) {

@@ -8,9 +8,16 @@
 namespace sodfast {
 namespace {
 
+// The shape of maps that lie channels last, where x does: the others then come to lie so too.
+ScfmShape laid_out(ScfmShape shape, const Tensor& x, MemoryFormat format) {
+  if (format == MemoryFormat::ChannelsLast) shape.maps = x.size(0), shape.channels = x.size(1);
+  return shape;
+}
+
 Tensor scfm(const Tensor& x, const Tensor& y, bool multiply) {
-  const ScfmShape shape = scfm_shape("scfm", x, y, multiply);
-  const Tensor in = torch::stable::contiguous(x), small = torch::stable::contiguous(y), out = empty_maps(x);
+  const MemoryFormat format = format_of(x);
+  const ScfmShape shape = laid_out(scfm_shape("scfm", x, y, multiply), x, format);
+  const Tensor in = contiguous_in(format, x), small = contiguous_in(format, y), out = empty_maps(x, format);
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     kernels<T>().scfm(shape, read<T>(in), read<T>(small), write<T>(out), torch_threads());
@@ -20,11 +27,11 @@ Tensor scfm(const Tensor& x, const Tensor& y, bool multiply) {
 
 std::tuple<Tensor, Tensor> scfm_backward(const Tensor& grad, const Tensor& x, const Tensor& y, bool multiply) {
   const char* op = "scfm_backward";
-  const ScfmShape shape = scfm_shape(op, x, y, multiply);
+  const MemoryFormat format = format_of(x);
+  const ScfmShape shape = laid_out(scfm_shape(op, x, y, multiply), x, format);
   check_same_shape(op, "grad", grad, x);
-  const Tensor g = torch::stable::contiguous(grad), in = torch::stable::contiguous(x),
-               small = torch::stable::contiguous(y);
-  const Tensor gx = multiply ? empty_maps(x) : empty_for(x, {0}), gy = empty_maps(y);
+  const Tensor g = contiguous_in(format, grad), in = contiguous_in(format, x), small = contiguous_in(format, y);
+  const Tensor gx = multiply ? empty_maps(x, format) : empty_for(x, {0}), gy = empty_maps(y, format);
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     kernels<T>().scfm_backward(shape, read<T>(g), read<T>(in), read<T>(small), write<T>(gx), write<T>(gy),

@@ -16,7 +16,10 @@ inline ScfmShape scfm_shape(const char* op, const Tensor& x, const Tensor& y, bo
   for (const Tensor* t : {&x, &y})
     for (int64_t d = 2; d < 4; ++d)
       check(t->size(d) > 0 && t->size(d) < int64_t(1) << 30, op, "an empty or too large size: ", shape_of(*t));
-  return {x.size(0) * x.size(1), x.size(2), x.size(3), y.size(2), y.size(3), multiply};
+  ScfmShape shape;
+  shape.maps = x.size(0) * x.size(1), shape.rows = x.size(2), shape.cols = x.size(3);
+  shape.from_rows = y.size(2), shape.from_cols = y.size(3), shape.multiply = multiply;
+  return shape;
 }
 
 }  // namespace sodfast

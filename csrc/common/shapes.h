@@ -52,9 +52,10 @@ struct DilatedShape {
   int64_t branch[max_scales][max_dilations] = {};  // output channels of one scale's branch; 0: it is absent
 };
 
-// Planes of one size. Upsampling: from (from_rows, from_cols) to (rows, cols), in either direction.
+// Maps of rows of pixels, all of one size: planes (one channel), or images whose channels lie together. Upsampling:
+// from (from_rows, from_cols) to (rows, cols), in either direction.
 struct ScfmShape {
-  int64_t planes = 0, rows = 0, cols = 0, from_rows = 0, from_cols = 0;
+  int64_t maps = 0, rows = 0, cols = 0, from_rows = 0, from_cols = 0, channels = 1;
   bool multiply = true;
 };
 

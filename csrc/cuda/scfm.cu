@@ -204,7 +204,7 @@ template <class T>
 Arguments<T> arguments_of(const ScfmShape& shape, const void* x, const void* y, void* out) {
   Arguments<T> a{};
   a.down = axis_of(shape.rows, shape.from_rows), a.along = axis_of(shape.cols, shape.from_cols);
-  a.planes = shape.planes, a.multiply = shape.multiply;
+  a.planes = shape.maps, a.multiply = shape.multiply;
   a.x = static_cast<const T*>(x), a.y = static_cast<const T*>(y), a.out = static_cast<T*>(out);
   return a;
 }
@@ -218,7 +218,7 @@ cudaError_t scfm(Type type, const ScfmShape& shape, const void* x, const void* y
     using T = decltype(zero);
     constexpr int n = 16 / sizeof(T);
     const bool packed = shape.cols % n == 0 && is_aligned(x) && is_aligned(out);
-    const int64_t work = shape.planes * shape.rows * (packed ? shape.cols / n : shape.cols);
+    const int64_t work = shape.maps * shape.rows * (packed ? shape.cols / n : shape.cols);
     return launch(packed ? fuse<T, n> : fuse<T, 1>, divide_up<int64_t>(work, threads), threads, stream,
                   arguments_of<T>(shape, x, y, out));
   });
@@ -231,7 +231,7 @@ cudaError_t scfm_backward(Type type, const ScfmShape& shape, const void* g, cons
     Arguments<T> a = arguments_of<T>(shape, x, y, shape.multiply ? gx : nullptr);
     a.g = static_cast<const T*>(g), a.gy = static_cast<T*>(gy);
     const int64_t blocks =
-        shape.planes * divide_up<int64_t>(shape.from_rows, tile_rows) * divide_up<int64_t>(shape.from_cols, tile_cols);
+        shape.maps * divide_up<int64_t>(shape.from_rows, tile_rows) * divide_up<int64_t>(shape.from_cols, tile_cols);
     return launch(fuse_backward<T>, blocks, threads, stream, a);
   });
 }

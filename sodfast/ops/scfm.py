@@ -31,7 +31,8 @@ def scfm(x: Tensor, y: Tensor, multiply: bool = True) -> Tensor:
     are deterministic.
 
     Returns:
-        (B, C, H, W).
+        (B, C, H, W); on the CPU in the memory format of x, contiguous or channels last, which costs
+        the same.
 
     Raises:
         TypeError: an integer dtype, or dtypes that differ.
@@ -57,11 +58,18 @@ def scfm_reference(x: Tensor, y: Tensor, multiply: bool = True) -> Tensor:
 
 
 def _fake(x: Tensor, y: Tensor, multiply: bool) -> Tensor:
-    return x.new_empty(x.shape)
+    return torch.empty_like(x, memory_format=_layout(x))
 
 
 def _fake_backward(grad: Tensor, x: Tensor, y: Tensor, multiply: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if multiply else (0,)), y.new_empty(y.shape)
+    grad_x = torch.empty_like(x, memory_format=_layout(x)) if multiply else x.new_empty(0)
+    return grad_x, torch.empty_like(y, memory_format=_layout(x))
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """Of the results: on the CPU that of x."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last and x.is_cpu else torch.contiguous_format
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -21,19 +21,20 @@ Between between(int64_t d, int64_t n, int64_t from) {
 // Calls f(index in x, index in y, weight) for the four terms of every upsampled value.
 template <class F>
 void for_each_term(const ScfmShape& s, const F& f) {
-  for (int64_t p = 0; p < s.planes; ++p)
+  for (int64_t p = 0; p < s.maps; ++p)
     for (int64_t r = 0; r < s.rows; ++r)
-      for (int64_t c = 0; c < s.cols; ++c) {
-        const Between v = between(r, s.rows, s.from_rows), h = between(c, s.cols, s.from_cols);
-        const auto at = [&](int64_t y, int64_t x) {
-          return static_cast<size_t>((p * s.from_rows + y) * s.from_cols + x);
-        };
-        const size_t to = static_cast<size_t>((p * s.rows + r) * s.cols + c);
-        f(to, at(v.lower, h.lower), (1 - v.weight) * (1 - h.weight));
-        f(to, at(v.lower, h.upper), (1 - v.weight) * h.weight);
-        f(to, at(v.upper, h.lower), v.weight * (1 - h.weight));
-        f(to, at(v.upper, h.upper), v.weight * h.weight);
-      }
+      for (int64_t c = 0; c < s.cols; ++c)
+        for (int64_t channel = 0; channel < s.channels; ++channel) {
+          const Between v = between(r, s.rows, s.from_rows), h = between(c, s.cols, s.from_cols);
+          const auto at = [&](int64_t y, int64_t x) {
+            return static_cast<size_t>(((p * s.from_rows + y) * s.from_cols + x) * s.channels + channel);
+          };
+          const size_t to = static_cast<size_t>(((p * s.rows + r) * s.cols + c) * s.channels + channel);
+          f(to, at(v.lower, h.lower), (1 - v.weight) * (1 - h.weight));
+          f(to, at(v.lower, h.upper), (1 - v.weight) * h.weight);
+          f(to, at(v.upper, h.lower), v.weight * (1 - h.weight));
+          f(to, at(v.upper, h.upper), v.weight * h.weight);
+        }
 }
 
 template <class T>
@@ -55,7 +56,10 @@ void run(const std::string& name, const ScfmShape& s, const std::vector<Values>&
 void test_scfm(int cases) {
   for_each_case("scfm", cases, [](const std::string& name) {
     ScfmShape s;
-    s.planes = pick(0, 9) == 0 ? 0 : pick(1, 3);
+    s.maps = pick(0, 9) == 0 ? 0 : pick(1, 3);
+#ifndef SODFAST_CUDA_ON_HOST  // CUDA's takes planes
+    if (pick(0, 1)) s.channels = pick(0, 2) == 0 ? pick(15, 40) : pick(1, 9);
+#endif
     s.from_rows = pick(1, 12), s.from_cols = pick(0, 2) == 0 ? pick(1, 40) : pick(1, 12);
     if (pick(0, 1)) {
       const int64_t ratio = pick(0, 2) == 0 ? pick(1, 8) : 2;
@@ -64,7 +68,8 @@ void test_scfm(int cases) {
       s.rows = pick(1, 20), s.cols = pick(0, 2) == 0 ? pick(1, 67) : pick(1, 20);
     }
     s.multiply = pick(0, 1) == 1;
-    const int64_t large = s.planes * s.rows * s.cols, small = s.planes * s.from_rows * s.from_cols;
+    const int64_t values = s.maps * s.channels;
+    const int64_t large = values * s.rows * s.cols, small = values * s.from_rows * s.from_cols;
     const Values x = random_values(large), y = random_values(small), g = random_values(large);
 
     Values up(x.size()), out(x.size()), gx(x.size()), gy(y.size());
