@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from . import _triton
+from ._autograd import differentiable
 
 try:
     import sodfast._C as _C
@@ -261,7 +262,9 @@ def register(
         _tell_autograd_of_changes(op)
     else:
         formula = backward or partial(_refuse_second_derivative, op)
-        torch.library.register_autograd(name, formula, setup_context=setup_context)
+        overload = getattr(torch.ops.sodfast, op).default
+        kernel = differentiable(overload, formula, setup_context)
+        _LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
     if autocast:  # tiny activations and variances: half precision is no good on the CPU
         torch.library.register_autocast(name, "cpu", torch.float32)
     if cuda_autocast:
