@@ -4,16 +4,17 @@
 
 One half of the training pairs (by the hash of their names) keeps its labels, of the other half
 only the photos are used. A teacher, CSNet x1 at 112 x 112, learns from the labelled half. Then for
-each seed the student of the recipe kd-csnet learns twice, with the same settings, pictures per
-step and number of steps (within an epoch, labels alone never fewer):
+each seed the student of the recipe kd-csnet learns three times, with the same settings, pictures
+per step and number of steps (within an epoch, labels alone never fewer):
 
-    labels alone    batches of labelled pictures
-    distilled       batches half of labelled pictures, half of unlabelled ones with the teacher's
-                    maps as their truth
+    labels alone            batches of labelled pictures
+    labels alone, LOSS      the same with the loss that the teacher's maps have below
+    distilled               batches half of labelled pictures, half of unlabelled ones with the
+                            teacher's maps as their truth
 
 What a run keeps is its best epoch on a held-out part of the labelled half; the validation set is
 only scored at the end, at the networks' own size (`sodfast.validation.validate`). Writes
-OUT/table.md, OUT/table.json and OUT/sheet.png (photo, truth, teacher, labels alone, distilled).
+OUT/table.md, OUT/table.json and OUT/sheet.png (photo, truth, teacher and these).
 A run that is done is not run again, one that was killed is resumed.
 """
 
@@ -41,13 +42,12 @@ from sodfast.data.folders import find_pairs  # noqa: E402
 from sodfast.data.grey import read_grey  # noqa: E402
 from sodfast.distill import distill  # noqa: E402
 from sodfast.pictures import read_image  # noqa: E402
-from sodfast.recipe import load_recipe  # noqa: E402
+from sodfast.recipe import Recipe, load_recipe  # noqa: E402
 from sodfast.runlog import read_log  # noqa: E402
 from sodfast.train import train  # noqa: E402
 from sodfast.validation import validate  # noqa: E402
 from sodfast.weights import atomic_write  # noqa: E402
 
-ARMS = ("labels alone", "distilled")
 ROWS, CELL, GAP = 8, 160, 6  # of the sheet
 
 
@@ -85,17 +85,21 @@ def main() -> None:
     steps = first.epochs * (others // round(first.batch_size * first.unlabelled_part))
     alone_epochs = math.ceil(steps / (kept // first.batch_size))
     for seed in range(first.seed, first.seed + arguments.seeds):
-        alone = load_recipe("kd-csnet", [*arguments.set, f"seed={seed}", f"epochs={alone_epochs}"])
-        both = load_recipe("kd-csnet", [*arguments.set, f"seed={seed}"])
-        place = {arm: folder(out, arm, seed) for arm in ARMS}
-        once(place[ARMS[0]], lambda: train(alone, labelled, place[ARMS[0]], **options))  # noqa: B023
-        once(
-            place[ARMS[1]],
-            lambda: distill(both, teacher, unlabelled, place[ARMS[1]], labelled, **options),  # noqa: B023
-        )
+        changes = [*arguments.set, f"seed={seed}"]
+        alone, control, taught = arms_of(first)
+        for arm, loss in ((alone, first.loss), (control, first.distill_loss)):
+            recipe = load_recipe("kd-csnet", [*changes, f"epochs={alone_epochs}", f"loss={loss}"])
+            place = folder(out, arm, seed)
+            once(place, lambda: train(recipe, labelled, place, **options))  # noqa: B023
+        recipe, place = load_recipe("kd-csnet", changes), folder(out, taught, seed)
+        once(place, lambda: distill(recipe, teacher, unlabelled, place, labelled, **options))  # noqa: B023
         report(out, arguments, teacher, seed - first.seed + 1)
-    draw(out, arguments.val, teacher, first.seed)
+    draw(out, arguments, teacher)
     print((out / "table.md").read_text(encoding="utf-8"))
+
+
+def arms_of(recipe: Recipe) -> tuple[str, str, str]:
+    return "labels alone", f"labels alone, {recipe.distill_loss}", "distilled"
 
 
 def split(data: str, out: Path, limit: int | None) -> tuple[Path, Path]:
@@ -116,7 +120,7 @@ def split(data: str, out: Path, limit: int | None) -> tuple[Path, Path]:
 
 
 def folder(out: Path, arm: str, seed: int) -> Path:
-    return out / f"{arm.replace(' ', '-')}-{seed}"
+    return out / f"{arm.replace(',', '').replace(' ', '-')}-{seed}"
 
 
 def once(place: Path, run: Callable[[], Any]) -> None:
@@ -127,10 +131,10 @@ def once(place: Path, run: Callable[[], Any]) -> None:
 
 def report(out: Path, arguments: argparse.Namespace, teacher: Path, seeds: int) -> None:
     """table.json and table.md of the seeds that are done."""
-    first = load_recipe("kd-csnet", arguments.set).seed
+    recipe = load_recipe("kd-csnet", arguments.set)
     runs = [("teacher", 0, teacher, out / "teacher")]
-    for seed in range(first, first + seeds):
-        for arm in ARMS:
+    for seed in range(recipe.seed, recipe.seed + seeds):
+        for arm in arms_of(recipe):
             place = folder(out, arm, seed)
             runs.append((arm, seed, place / "weights.safetensors", place))
     known = {}
@@ -165,7 +169,7 @@ def report(out: Path, arguments: argparse.Namespace, teacher: Path, seeds: int) 
             f"| {row['arm']} | {row['seed'] or ''} | {row['params']:,} | {row['size']} | "
             f"{row.get('steps', '')} | {pace} | {row['max_f']:.4f} | {row['mae']:.4f} |"
         )
-    for arm in ARMS:
+    for arm in arms_of(recipe):
         own = [row for row in rows if row["arm"] == arm]
         means = [statistics.fmean(row[name] for row in own) for name in ("max_f", "mae")]
         lines.append(f"| **{arm}** | mean | | | | | {means[0]:.4f} | {means[1]:.4f} |")
@@ -174,14 +178,16 @@ def report(out: Path, arguments: argparse.Namespace, teacher: Path, seeds: int) 
             file.write(text.encode() + b"\n")
 
 
-def draw(out: Path, val: str, teacher: Path, seed: int) -> None:
+def draw(out: Path, arguments: argparse.Namespace, teacher: Path) -> None:
     """sheet.png: a row per picture, chosen by the hash of its name."""
     from PIL import Image, ImageDraw, ImageFont
 
+    recipe, val = load_recipe("kd-csnet", arguments.set), arguments.val
+    arms = arms_of(recipe)
     pairs = sorted(find_pairs(val), key=lambda p: hashlib.sha256(p.name.encode()).digest())[:ROWS]
-    weights = [teacher, *(folder(out, arm, seed) / "weights.safetensors" for arm in ARMS)]
+    weights = [teacher, *(folder(out, arm, recipe.seed) / "weights.safetensors" for arm in arms)]
     predictors = [Predictor(path) for path in weights]
-    titles = ["photo", "truth", "teacher", *ARMS]
+    titles = ["photo", "truth", "teacher", *arms]
     sheet = Image.new(
         "RGB", (GAP + len(titles) * (CELL + GAP), 24 + len(pairs) * (CELL + GAP)), "white"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Objective:
 
     def boundary(self, done: float) -> int | None:
         """How thick boundaries are when this part of the schedule is done; None without any."""
-        if "sp" not in self._losses:
+        if not any("sp" in name.split("+") for name in self._losses):
             return None
         return self._thickness(done) if self._thickness is not None else self._fixed
 
@@ -59,8 +59,9 @@ class Objective:
         maps = [one.float() for one in maps]
         k = self.boundary(done)
         for criterion in self._losses.values():
-            if isinstance(criterion.loss, StructurePolishingLoss) and k is not None:
-                criterion.loss.k = k
+            for part in criterion.modules():
+                if isinstance(part, StructurePolishingLoss) and k is not None:
+                    part.k = k
             if isinstance(criterion.loss, _Taught):
                 criterion.loss.taught, criterion.loss.first = taught, None
         total = torch.zeros((), device=truth.device)
@@ -95,9 +96,24 @@ class _Taught(nn.Module):
         return found.loss
 
 
+class _Sum(nn.Module):
+    """Several losses of a map and the truth, added up."""
+
+    def __init__(self, *losses: nn.Module) -> None:
+        super().__init__()
+        self.losses = nn.ModuleList(losses)
+
+    def forward(self, logits: Tensor, truth: Tensor) -> Tensor:
+        first, *others = (loss(logits, truth) for loss in self.losses)
+        return sum(others, first)
+
+
 def _loss(name: str, recipe: Recipe) -> MultiLevelLoss:
-    if name == "dkd":
-        return MultiLevelLoss(_Taught(recipe.dkd))
-    if name == "sp":
-        return MultiLevelLoss(StructurePolishingLoss(recipe.boundary_weight))
-    return MultiLevelLoss(DiceLoss() if name == "dice" else nn.BCEWithLogitsLoss())
+    parts: dict[str, Callable[[], nn.Module]] = {
+        "dkd": lambda: _Taught(recipe.dkd),
+        "sp": lambda: StructurePolishingLoss(recipe.boundary_weight),
+        "dice": DiceLoss,
+        "bce": nn.BCEWithLogitsLoss,
+    }
+    losses = [parts[part]() for part in name.split("+")]
+    return MultiLevelLoss(losses[0] if len(losses) == 1 else _Sum(*losses))

@@ -54,8 +54,8 @@ class Recipe:
     held_out: float = 0.05  # part of the training set that only validation sees
     seed: int = 1  # of initialisation, data order and augmentation
     # loss
-    loss: str = "bce"  # bce, dice, sp (Dice of the map and of its boundary), or dkd: dynamic
-    # distillation, which needs a teacher (sodfast distill)
+    loss: str = "bce"  # bce, dice, sp (Dice of the map and of its boundary), sp+bce (their sum), or
+    # dkd: dynamic distillation, which needs a teacher (sodfast distill)
     dkd: dict[str, Any] = field(default_factory=dict)  # arguments of
     # sodfast.nn.DynamicDistillationLoss; a threshold of 0: no noise elimination
     boundary: str = "paper"  # sp: thickness of the boundaries over the training, see
@@ -64,7 +64,7 @@ class Recipe:
     # distillation (sodfast distill)
     teach: str = "online"  # the teacher sees the augmented batch; or offline: weak labels are
     # written once
-    distill_loss: str = "dice"  # bce, dice or sp: of the unlabelled pictures
+    distill_loss: str = "dice"  # bce, dice, sp or sp+bce: of the unlabelled pictures
     distill_weight: float = 1.0  # of that loss, beside the labelled pictures' loss
     distill_threshold: float = 0.0  # the teacher's map is 1 above this, else 0; 0: it stays soft
     unlabelled_part: float = 0.5  # of a batch, where there are labelled pictures too
@@ -166,8 +166,8 @@ _SMALLEST = {
 _CHOICES = {
     "optimizer": ("adam", "adamw", "sgd"),
     "schedule": ("steps", "cosine", "poly", "warmup_cosine"),
-    "loss": ("bce", "dice", "sp", "dkd"),
-    "distill_loss": ("bce", "dice", "sp"),
+    "loss": ("bce", "dice", "sp", "sp+bce", "dkd"),
+    "distill_loss": ("bce", "dice", "sp", "sp+bce"),
     "teach": ("online", "offline"),
     "decay_mode": ("coupled", "decoupled"),
     "prune_criterion": ("threshold", "ratio", "norm", "median"),

@@ -251,6 +251,10 @@ def test_objective_of_both_parts() -> None:
     bce = torch.nn.functional.binary_cross_entropy_with_logits(maps[0], truth)
     torch.testing.assert_close(plain, bce)
     assert Objective(Recipe()).boundary(0.0) is None
+    both = Objective(Recipe(loss="sp+bce", boundary="5", boundary_weight=2.0))
+    assert both.boundary(0.0) == 5
+    sp = nn.StructurePolishingLoss(2.0, 5)(maps[0], truth)
+    torch.testing.assert_close(both(maps[0], truth, 5, 0.0), sp + bce)
     progressive = Objective(Recipe(loss="sp", boundary="code"))
     assert [progressive.boundary(epoch / 69) for epoch in (0, 8, 9, 58, 59, 68)] == [
         13, 13, 11, 3, 1, 1
