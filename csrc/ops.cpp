@@ -23,6 +23,12 @@ STABLE_TORCH_LIBRARY(sodfast, m) {
   m.def("goctconv_depthwise_grad_input(Tensor[] grads, Tensor weight, int dilation) -> Tensor[]");
   m.def("goctconv_depthwise_grad_weight(Tensor[] grads, Tensor[] xs, Tensor weight, int dilation) -> Tensor");
 
+  // A whole fused ILBlock, for inference: goctconv, then two depthwise 3×3, each with its bias and slope. On CUDA
+  // alone.
+  m.def(
+      "ilblock(Tensor[] xs, Tensor[] weights, Tensor[] biases, Tensor[] slopes, int[] out_channels, int stride) -> "
+      "Tensor[]");
+
   // Parallel dense 3×3 at several dilations, concatenated; out_channels is scales × dilations, 0: no such branch.
   m.def(
       "goctconv_dilated(Tensor[] xs, Tensor[] weights, Tensor? bias, Tensor? slope, int[] dilations, "

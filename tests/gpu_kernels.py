@@ -26,7 +26,7 @@ OPS = (
     "goctconv_dilated_grad_input", "goctconv_dilated_grad_weight", "goctconv_norm_act",
     "goctconv_norm_act_backward", "goctconv_update_stats_", "decay_", "adam_decay_", "dkd_sums",
     "dkd_loss", "dkd_loss_backward", "scfm", "scfm_backward", "boundary", "boundary_backward",
-    "structure_polishing_sums", "structure_polishing_sums_backward",
+    "structure_polishing_sums", "structure_polishing_sums_backward", "ilblock",
 )  # fmt: skip
 HALVES = (torch.float16, torch.bfloat16)
 BACKENDS = ("cuda-on-host", "cuda")
@@ -65,8 +65,9 @@ def running(backend: str) -> Iterator[None]:
             kernel = getattr(torch.ops.sodfast_cuda_on_host, op).default
             library.impl(op, kernel, "CPU", allow_override=True)
     dtypes = mock.patch.object(_backend, "_CPU_DTYPES", dtypes_of(backend))
+    kernels = mock.patch.dict(_backend._KERNELS, cpu=_backend._KERNELS["cpu"] | set(OPS))
     try:
-        with dtypes, sodfast.use_backend("cpu"):
+        with dtypes, kernels, sodfast.use_backend("cpu"):
             yield
     finally:
         library._destroy()

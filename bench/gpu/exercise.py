@@ -17,6 +17,7 @@ from sodfast.ops import (
     goctconv_dilated,
     goctconv_norm_act,
     goctconv_update_stats_,
+    ilblock,
     scfm,
     structure_polishing_sums,
 )
@@ -52,6 +53,10 @@ def main() -> None:
                 with torch.no_grad():
                     vectors = tensor(n, dtype=dtype), tensor(n, dtype=dtype)
                     goctconv(maps(channels, large, dtype), weight, outs, stride, *vectors)
+                with torch.no_grad():
+                    layers = [weight, *(tensor(n, 1, 3, 3, dtype=dtype) for _ in range(2))]
+                    vectors = [tensor(n, dtype=dtype) for _ in range(3)]
+                    ilblock(maps(channels, large, dtype), layers, vectors, vectors, outs, stride)
             odd = maps((4,), (37, 43), dtype)
             differentiate(goctconv(odd, tensor(3, 4, 3, 3, dtype=dtype), (3,), 2))
             for dilation in (1, 2, 99):

@@ -37,6 +37,12 @@ int64_t depthwise_grad_weight_workspace(Type, const DepthwiseShape&);
 cudaError_t depthwise_grad_weight(Type, const DepthwiseShape&, Pointers gys, Pointers xs, void* gweight,
                                   void* workspace, cudaStream_t);
 
+// A fused ILBlock: goctconv and two depthwise layers, three weights, biases and slopes. Where it would be slower as one
+// launch than layer by layer, ilblock_is_one_launch says so.
+bool ilblock_is_one_launch(const GOctConvShape&);
+cudaError_t ilblock(Type, const GOctConvShape&, Pointers xs, Pointers weights, Pointers biases, Pointers slopes,
+                    MutablePointers ys, cudaStream_t);
+
 // weights[s]: [out.channels[s], in.channels[s], 3, 3], the branches one after the other.
 cudaError_t dilated(Type, const DilatedShape&, Pointers xs, Pointers weights, const void* bias, const void* slope,
                     MutablePointers ys, cudaStream_t);

@@ -5,12 +5,13 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sodfast import ops
+from sodfast.ops._backend import has_kernel
 
 from .layers import (
     Channels,
@@ -78,6 +79,17 @@ class ILBlock(nn.Module):
         self.norm3 = NormAct(out_channels)
 
     def forward(self, xs: Scales) -> list[Tensor]:
+        xs = scale_list(xs)
+        convs = (self.conv1, self.conv2, self.conv3)
+        if self.conv1.slope is not None and has_kernel("ilblock", xs[0]):  # fused, on CUDA
+            return ops.ilblock(
+                xs,
+                [conv.weight for conv in convs],
+                [cast(Tensor, conv.bias) for conv in convs],
+                [cast(Tensor, conv.slope) for conv in convs],
+                self.conv1.out_channels,
+                self.conv1.stride,
+            )
         xs = self.norm1(self.conv1(xs))
         xs = self.norm2(self.conv2(xs))
         return self.norm3(self.conv3(xs))

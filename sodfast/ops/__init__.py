@@ -21,6 +21,7 @@ from .goctconv_norm_act import (
     goctconv_update_stats_,
     goctconv_update_stats_reference_,
 )
+from .ilblock import ilblock, ilblock_reference
 from .scfm import scfm, scfm_reference
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "goctconv_reference",
     "goctconv_update_stats_",
     "goctconv_update_stats_reference_",
+    "ilblock",
+    "ilblock_reference",
     "scfm",
     "scfm_reference",
     "structure_polishing_sums",

@@ -96,6 +96,15 @@ def choose(op: str, x: Tensor) -> str:
     return "reference"
 
 
+def has_kernel(op: str, x: Tensor) -> bool:
+    """Whether a compiled kernel would run ``op`` on tensors like ``x``.
+
+    For whoever can do without: an op that fuses others, where these run on every backend.
+    """
+    device = x.device.type
+    return _requested in (None, device) and _refusal(device, op, device, x.dtype) is None
+
+
 def _first_choice(op: str, device: str) -> str:
     """The backend to try when none was asked for; a device's own has its name."""
     compiled = op in _KERNELS.get(device, ())
@@ -250,7 +259,7 @@ def register(
     its tensors as they come, or where `cuda_autocast` is "half" in the dtype of the autocast, and
     where it is "float32" in that.
     """
-    if not any(op in ops for ops in _KERNELS.values()):
+    if not hasattr(torch.ops.sodfast, op):
         return
     _registered.append(op)
     _triton.serve(op)

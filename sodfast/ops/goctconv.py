@@ -56,7 +56,7 @@ def goctconv(
             whose size is not exactly that of scale 0 divided by 2^i (names both sizes).
         RuntimeError: a backend that was asked for by name cannot run.
     """
-    xs, out_channels = _check_arguments(xs, weight, out_channels, stride, bias, slope)
+    xs, out_channels = check_arguments(xs, weight, out_channels, stride, bias, slope)
     if choose("goctconv", xs[0]) == "reference":
         return goctconv_reference(xs, weight, out_channels, stride, bias, slope)
     return torch.ops.sodfast.goctconv(xs, weight, bias, slope, out_channels, stride)
@@ -102,7 +102,7 @@ def bias_prelu(ys: list[Tensor], bias: Tensor | None, slope: Tensor | None) -> l
     return ys
 
 
-def _check_arguments(
+def check_arguments(
     xs: Sequence[Tensor],
     weight: Tensor,
     out_channels: Sequence[int],
@@ -110,6 +110,7 @@ def _check_arguments(
     bias: Tensor | None,
     slope: Tensor | None,
 ) -> tuple[list[Tensor], list[int]]:
+    """Check the arguments of :func:`goctconv`; return xs and out_channels as lists."""
     xs = _check.scales(xs)
     out_channels = _check.channel_list(out_channels)
     rows, columns = sum(out_channels), sum([x.shape[1] for x in xs])
@@ -154,7 +155,7 @@ def refuse_slope(op: str, slope: Tensor | None) -> None:
         )
 
 
-def _fake(
+def fake_goctconv(
     xs: list[Tensor],
     weight: Tensor,
     bias: Tensor | None,
@@ -202,7 +203,7 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple:
 
 register(
     "goctconv",
-    fake=_fake,
+    fake=fake_goctconv,
     backward=_backward,
     setup_context=_setup_context,
     cuda_autocast="half",

@@ -4,6 +4,10 @@
 #include "check.h"
 #include "cuda/launch.h"
 
+namespace sodfast::test {
+void test_ilblock(int cases);
+}
+
 namespace {
 
 constexpr int threads = 256;
@@ -56,6 +60,7 @@ int main(int argc, char** argv) {
   sodfast::test::test_depthwise(cases);
   sodfast::test::test_dilated(cases);
   sodfast::test::test_norm_act(cases);
+  sodfast::test::test_ilblock(cases);
   sodfast::test::test_decay(cases);
   sodfast::test::test_dkd(cases);
   sodfast::test::test_scfm(cases);
