@@ -6,12 +6,13 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from .cuda_graph import GraphedNetwork, check_cuda
 from .nn import DilatedBank, GOctConv, NormAct, SimplifiedGOctConv
 from .plan import make_plan
 from .weights import flush_denormals
 
 
-def fuse(model: nn.Module) -> nn.Module:
+def fuse(model: nn.Module, cuda_graph: bool = False) -> nn.Module:
     """Return the inference form of a model: same call, same result to 5e-5.
 
     Every convolution named in a module's ``fusable_pairs`` takes over the batch normalisation
@@ -23,6 +24,9 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module; what has no such pairs stays as it is.
+        cuda_graph: capture the network on a GPU at the first call with a shape and dtype, and
+            replay it from then on; see :class:`sodfast.cuda_graph.GraphedNetwork`, which is
+            then returned and takes tensors on a CUDA device only.
 
     Returns:
         For a model that knows its steps (it has ``add_to``, as csnet, extractor, vanilla, and
@@ -32,7 +36,10 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: a pair names something that cannot be fused.
+        RuntimeError: ``cuda_graph`` where torch finds no CUDA device.
     """
+    if cuda_graph:
+        check_cuda()
     fused = copy.deepcopy(model).eval()
     for module in list(fused.modules()):
         for conv_name, norm_name in _pairs(module):
@@ -53,7 +60,8 @@ def fuse(model: nn.Module) -> nn.Module:
                 )
             _fold(conv, norm)
             setattr(module, norm_name, nn.Identity())
-    return make_plan(fused.requires_grad_(False))
+    network = make_plan(fused.requires_grad_(False))
+    return GraphedNetwork(network) if cuda_graph else network
 
 
 def _pairs(module: nn.Module) -> tuple[tuple[str, str], ...]:
