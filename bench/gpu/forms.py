@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +25,21 @@ class Form:
     """A form of running a case; prepare returns the call that is timed.
 
     bf16 is autocast for the baselines and in training, as it is used; in inference ours runs
-    networks whose parameters are bfloat16 too.
+    networks whose parameters are bfloat16 too. compiled is torch.compile's mode, both of which
+    replay CUDA graphs.
     """
 
     name: str
     backend: str
     baseline: bool = False
     channels_last: bool = False
-    compiled: bool = False
+    compiled: str = ""
     graph: bool = False
+
+    @property
+    def slow(self) -> bool:
+        """Whether preparing it takes most of a stage."""
+        return self.compiled == "max-autotune"
 
     def prepare(self, work: Work) -> Callable[[], Any]:
         sodfast.use_backend(self.backend)
@@ -58,11 +64,12 @@ class Form:
 FORMS = [
     Form("eager", "reference", baseline=True),
     Form("eager channels_last", "reference", baseline=True, channels_last=True),
-    Form("compile max-autotune", "reference", baseline=True, compiled=True),
-    Form("triton", "triton"),
-    Form("triton graph", "triton", graph=True),
+    Form("compile", "reference", baseline=True, compiled="reduce-overhead"),
     Form("cuda", "cuda"),
     Form("cuda graph", "cuda", graph=True),
+    Form("triton", "triton"),
+    Form("triton graph", "triton", graph=True),
+    Form("compile max-autotune", "reference", baseline=True, compiled="max-autotune"),
 ]
 
 
@@ -70,12 +77,12 @@ def _call(module: nn.Module, xs: list[Tensor], work: Work) -> Any:
     return module(xs) if work.layer else module(xs[0])
 
 
-def _compiled(function: Callable[..., Any], wanted: bool) -> Callable[..., Any]:
-    return torch.compile(function, mode="max-autotune") if wanted else function
+def _compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    return torch.compile(function, mode=mode) if mode else function
 
 
 def _inference_step(
-    module: nn.Module, xs: list[Tensor], work: Work, autocast: bool, compiled: bool
+    module: nn.Module, xs: list[Tensor], work: Work, autocast: bool, compiled: str
 ) -> Callable[[], Any]:
     run = _compiled(module, compiled)
 
@@ -87,7 +94,7 @@ def _inference_step(
 
 
 def _op_step(
-    module: nn.Module, xs: list[Tensor], work: Work, autocast: bool, compiled: bool
+    module: nn.Module, xs: list[Tensor], work: Work, autocast: bool, compiled: str
 ) -> Callable[[], Any]:
     """Forward and backward of a layer, with the gradients of its inputs and parameters."""
     xs = [x.requires_grad_(i < work.differentiated) for i, x in enumerate(xs)]
@@ -103,7 +110,7 @@ def _op_step(
 
 
 def _training_step(
-    module: nn.Module, xs: list[Tensor], work: Work, autocast: bool, compiled: bool
+    module: nn.Module, xs: list[Tensor], work: Work, autocast: bool, compiled: str
 ) -> Callable[[], Any]:
     """Forward, loss, backward and the optimizer's step; capturable as a whole."""
     criterion, optimizer = work.parts(module, xs[0])
@@ -138,12 +145,23 @@ def _captured(step: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """What counts as a layer: a fused ILBlock as a whole."""
+    if isinstance(module, LEAVES) or (
+        isinstance(module, sodfast.nn.ILBlock) and module.conv1.slope is not None
+    ):
+        yield module
+        return
+    for child in module.children():
+        yield from _layers(child)
+
+
 def limit_bytes(work: Work) -> int:
     """What every layer must move: input, output and parameters once forward.
 
     The backward reads the input and the gradient of the output and writes that of the input,
     and reads and writes parameters' worth once more each. A network's layers are summed as if
-    nothing were fused across them.
+    nothing were fused across them, but for fused ILBlocks, which are one layer.
     """
     if isinstance(work, MapWork):
         return work.values() * DTYPES[work.dtype].itemsize
@@ -159,7 +177,7 @@ def limit_bytes(work: Work) -> int:
         weights = (3, 2, 3) if work.training and layer.training else (1, 1, 1)  # a teacher does not
         total += sum(n * w for n, w in zip(numbers, weights))
 
-    hooks = [m.register_forward_hook(add) for m in module.modules() if isinstance(m, LEAVES)]
+    hooks = [m.register_forward_hook(add) for m in _layers(module)]
     xs = [torch.empty(shape, device="meta") for shape in work.shapes()]
     with torch.no_grad(), sodfast.use_backend("reference"):
         _call(module, xs, work)

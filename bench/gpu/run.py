@@ -3,8 +3,8 @@
     python bench/gpu/run.py --kind op|inference|training [--case TEXT] [--dtype fp32|bf16]
 
 A row is one case in one form: median, p20 and p80 of the time on the device, peak memory, and
-the share of the limit (the bytes that must move over the measured bandwidth of a copy). Rows
-are appended to bench/results/gpu.csv after every case; docs/gpu.md says what they mean.
+the share of the limit (the bytes that must move over the measured bandwidth of a copy). Every
+row is appended to bench/results/gpu.csv as it is measured; docs/gpu.md says what they mean.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ COLUMNS = """
     date revision device torch kind name case batch dtype variant baseline samples median_ms
     p20_ms p80_ms bytes copy_gb_per_s limit_ms share_of_limit peak_mb best_baseline ratio reason
 """.split()
+CASE = ("revision", "device", "torch", "kind", "name", "case", "dtype")  # what rows compare within
 RESULTS = ROOT / "bench" / "results" / "gpu.csv"
 
 
@@ -51,14 +52,19 @@ def main() -> int:
     parser.add_argument("--kind", choices=("op", "inference", "training"), required=True)
     parser.add_argument("--case", default="", help="only cases with these words")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="only this; both by default")
-    parser.add_argument("--variants", default="", help="only these, separated by commas")
+    parser.add_argument(
+        "--variants",
+        default="",
+        help="only these, separated by commas; by default all but torch.compile's autotuning",
+    )
     parser.add_argument("--seconds", type=float, default=0.5, help="of timing per row")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench/gpu: torch finds no CUDA device here", file=sys.stderr)
         return 2
     known = [form.name for form in FORMS]
-    chosen = args.variants.split(",") if args.variants else known
+    usual = [form.name for form in FORMS if not form.slow]
+    chosen = args.variants.split(",") if args.variants else usual
     for name in chosen:
         if name not in known:
             parser.error(f"unknown variant {name!r}; known are {', '.join(known)}")
@@ -69,11 +75,12 @@ def main() -> int:
     for work in (*works(args.kind), *scfnet_works(args.kind)):
         text = f"{work.name}: {work.label}"
         if all(word in text for word in args.case.split()) and args.dtype in (None, work.dtype):
-            rows = list(rows_of(work, chosen, bandwidth, args.seconds))
-            fill_ratios(rows)
+            rows = []
+            for row in rows_of(work, chosen, bandwidth, args.seconds):
+                append(row)
+                rows.append(row)
+                status |= bool(row.get("failed"))
             print(table(rows), flush=True)
-            append(rows)
-            status |= any(row.get("failed") for row in rows)
     return status
 
 
@@ -165,17 +172,29 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def append(rows: list[dict[str, Any]]) -> None:
-    old: list[dict[str, Any]] = []
+def append(row: dict[str, Any]) -> None:
+    """Add a row to the results, and compare anew what was measured of its case before."""
+    rows: list[dict[str, Any]] = []
     if RESULTS.exists():
         with open(RESULTS, newline="", encoding="utf-8") as file:
-            old = list(csv.DictReader(file))
+            rows = list(csv.DictReader(file))
+    same = [old for old in rows if all(old[key] == str(row[key]) for key in CASE)]
+    measured = [old for old in [*same, row] if old.get("median_ms")]
+    compared = [
+        {
+            "variant": old["variant"], "baseline": str(old["baseline"]) == "True",
+            "median_ms": float(old["median_ms"]),
+        }
+        for old in measured
+    ]  # fmt: skip
+    fill_ratios(compared)
+    for old, ratios in zip(measured, compared):
+        old.update({key: ratios[key] for key in ("best_baseline", "ratio") if key in ratios})
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(old)
-    for row in rows:
-        writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+    for old in [*rows, row]:
+        writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in old.items()})
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(RESULTS) as file:
         file.write(text.getvalue().encode())

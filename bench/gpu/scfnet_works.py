@@ -18,7 +18,7 @@ from sodfast.recipe import load_recipe
 
 SIDE = 352  # pixels: what SCFNet is tested at
 LOSS_BATCH, FUSION_BATCH = 128, 64
-THICKNESSES = (1, 3, 7, 13, 21, 31)  # from 13 to 1 while it trains
+THICKNESSES = (13, 1, 31, 3, 7, 21)  # from 13 to 1 while it trains
 
 
 class Call(nn.Module):
@@ -122,7 +122,7 @@ def scfnet_works(kind: str) -> Iterator[Work]:
     """The cases of a kind. The losses' maps are float32 also in mixed precision."""
     if kind == "op":
         maps = (1, SIDE, SIDE)
-        for training in (False, True):
+        for training in (True, False):
             for k in THICKNESSES:
                 batch, label = LOSS_BATCH, f"k {k} {SIDE}²"
                 yield MapWork(
@@ -148,7 +148,7 @@ def scfnet_works(kind: str) -> Iterator[Work]:
         return
     for dtype in DTYPES:
         if kind == "inference":
-            for batch in (1, 64):
+            for batch in (64, 1):
                 yield NetworkWork(kind, "scfnet", "scfnet", "", batch, dtype, False)
         else:
             yield DistillationWork(kind, "kd-scfnet", "kd-scfnet", "", 128, dtype, True)

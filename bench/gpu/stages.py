@@ -28,29 +28,40 @@ SANITIZER = ["compute-sanitizer", "--error-exitcode", "9"]
 OURS = ["--kernel-name", "kns=sodfast"]  # but initcheck must see what torch's kernels write
 EXERCISE = [PYTHON, "bench/gpu/exercise.py"]
 
+# What is timed, the most telling first: name, kind, words of its cases, and dtype where one is asked for.
+TIMED = [
+    *((f"{name}-{dtype}", kind, case, dtype)
+      for name, kind, case in (
+          ("x2-L", "inference", "csnet: x2-L"), ("training-24", "training", "csnet: batch 24"),
+          ("ilblock", "op", "ilblock:"), ("training-128", "training", "csnet: batch 128"),
+          ("scfnet", "inference", "scfnet:"), ("ops", "op", "goctconv inference"),
+          ("ops-training", "op", "goctconv training"),
+          ("distillation", "training", "kd-scfnet:"), ("x1-L", "inference", "csnet: x1-L"),
+          ("scfm", "op", "scfm:"),
+      )
+      for dtype in ("bf16", "fp32")),
+    *((op, "op", f"{op}:", "") for op in ("boundary", "structure_polishing_sums", "dkd")),
+]  # fmt: skip
+
+
+def _timing(kind: str, case: str, dtype: str) -> list[str]:
+    return [*BENCH, "--kind", kind, "--case", case, *(["--dtype", dtype] if dtype else [])]
+
+
 STAGES: dict[str, list[str]] = {
     "build": [PYTHON, "setup.py", "build_ext", "--inplace"],
     "tests": [PYTHON, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider",
               "tests/test_gpu_kernels.py", "tests/test_gpu_maps.py", "tests/test_decay.py",
-              "tests/test_cuda_sources.py"],
+              "tests/test_ilblock.py", "tests/test_cuda_graph.py", "tests/test_cuda_sources.py"],
     "tests-triton": [PYTHON, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider",
                      "tests/test_triton.py", "tests/test_triton_maps.py"],
     **{tool: [*SANITIZER, *OURS, "--tool", tool, *EXERCISE]
        for tool in ("memcheck", "racecheck", "synccheck")},
     "initcheck": [*SANITIZER, "--tool", "initcheck", *EXERCISE],
-    # torch.compile(mode="max-autotune") takes most of a stage: hence so many.
-    **{f"bench-{name}-{dtype}": [*BENCH, "--kind", kind, "--case", case, "--dtype", dtype]
-       for dtype in ("fp32", "bf16")
-       for name, kind, case in (
-           ("ops", "op", "csnet inference"), ("ops-training", "op", "csnet training"),
-           ("scfm", "op", "scfm:"), ("scfnet", "inference", "scfnet:"),
-           ("x1-L", "inference", "csnet: x1-L"), ("x2-L", "inference", "csnet: x2-L"),
-           ("training-24", "training", "csnet: batch 24"),
-           ("training-128", "training", "csnet: batch 128"),
-           ("distillation", "training", "kd-scfnet:"),
-       )},
-    **{f"bench-{case}": [*BENCH, "--kind", "op", "--case", f"{case}:"]
-       for case in ("boundary", "structure_polishing_sums", "dkd")},
+    **{f"bench-{name}": _timing(kind, case, dtype) for name, kind, case, dtype in TIMED},
+    # It takes most of a stage: last, and alone.
+    **{f"autotune-{name}": [*_timing(kind, case, dtype), "--variants", "compile max-autotune"]
+       for name, kind, case, dtype in TIMED},
 }  # fmt: skip
 
 

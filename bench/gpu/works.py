@@ -16,6 +16,13 @@ from sodfast.optim import DynamicWeightDecay, parameter_groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OP_BATCH = {False: 64, True: 24}
+BLOCKS = {
+    "ilblock": (
+        ("csnet-x2-L", "stages.1.1"),
+        ("csnet-x2-L", "stages.3.1"),
+        ("csnet-x2", "stages.4.1"),  # the most channels that are one launch
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Work:
         model = build_network(self.network)
         layer = model.get_submodule(self.layer) if self.layer else model
         if not self.training and not isinstance(layer, sodfast.nn.NormAct):
-            model = sodfast.fuse(model)
+            model = _fused(model)
             layer = model.get_submodule(self.layer) if self.layer else model
         if self.training and isinstance(layer, sodfast.nn.DilatedBank):
             layer.norm = nn.Identity()  # the norm has rows of its own
@@ -62,7 +69,7 @@ class Work:
         if not self.layer:
             return [(self.batch, 3, SIZE, SIZE)]
         model = build_network(self.network)
-        fused = model if self.training or "norm" in self.layer else sodfast.fuse(model)
+        fused = model if self.training or "norm" in self.layer else _fused(model)
         return [tuple(shape) for shape in _input_shapes(fused, self.layer, self.batch)]
 
     def build(self) -> tuple[nn.Module, list[Tensor]]:
@@ -82,18 +89,24 @@ class Work:
         )
 
 
+def _fused(model: nn.Module) -> nn.Module:
+    """The fused network as its layers, which is how it runs on a GPU."""
+    fused = sodfast.fuse(model)
+    return getattr(fused, "network", fused)
+
+
 def works(kind: str) -> Iterator[Work]:
-    """The cases of a kind, in both dtypes."""
+    """The cases of a kind, in both dtypes; of each dtype the most telling first."""
     for dtype in DTYPES:
         if kind == "op":
-            for training, layers in ((False, INFERENCE), (True, TRAINING)):
+            for training, layers in ((False, BLOCKS | INFERENCE), (True, TRAINING)):
                 for op, places in layers.items():
                     for network, layer in places:
                         batch = OP_BATCH[training]
                         yield Work(kind, op, network, layer, batch, dtype, training)
         elif kind == "inference":
-            for network in ("csnet-x1-L", "csnet-x2-L"):
-                for batch in (1, 64):
+            for network in ("csnet-x2-L", "csnet-x1-L"):
+                for batch in (64, 1):
                     yield Work(kind, "csnet", network, "", batch, dtype, False)
         else:
             for batch in (24, 128):
