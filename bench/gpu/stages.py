@@ -28,7 +28,7 @@ SANITIZER = ["compute-sanitizer", "--error-exitcode", "9"]
 OURS = ["--kernel-name", "kns=sodfast"]  # but initcheck must see what torch's kernels write
 EXERCISE = [PYTHON, "bench/gpu/exercise.py"]
 
-# What is timed, the most telling first: name, kind, words of its cases, and dtype where one is asked for.
+# What is timed, the most telling first: name, kind, words of its cases, dtype ("": all).
 TIMED = [
     *((f"{name}-{dtype}", kind, case, dtype)
       for name, kind, case in (
