@@ -26,6 +26,11 @@ constexpr int row_groups = 3, rows_per_thread = window_rows / row_groups, group_
 constexpr int outs_per_thread = 8, most_groups = 2, most_outs = outs_per_thread * most_groups, chunk = 8;
 constexpr int coarse_pixels = (window_rows / 2 + 2) * (window_cols / 2 + 2);  // of a source of half the size
 constexpr int coarse_per_thread = divide_up(coarse_pixels, group_threads);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int most_resident = 3;  // blocks on an SM at k = 1: as many as there are registers for without spills
+#else
+constexpr int most_resident = 2;
+#endif
 constexpr int most_work = 256;  // in·k² up to which the launch is one
 
 template <class T>
@@ -243,7 +248,7 @@ struct Tile {
 };
 
 template <class T, int k>
-__global__ void __launch_bounds__(group_threads* most_groups, k == 1 ? 3 : 2)
+__global__ void __launch_bounds__(group_threads* most_groups, k == 1 ? most_resident : 2)
     ilblock_tile(const __grid_constant__ Arguments<T> a) {
   using Work = Tile<T, k>;
   __shared__ typename Work::Shared shared;
