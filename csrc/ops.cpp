@@ -46,6 +46,16 @@ STABLE_TORCH_LIBRARY(sodfast, m) {
   m.def(
       "goctconv_norm_act_backward(Tensor[] grads, Tensor[] xs, Tensor weight, Tensor bias, Tensor slope, Tensor mean, "
       "Tensor var, bool training, float eps) -> (Tensor[], Tensor, Tensor, Tensor)");
+  // The same with a depthwise 3×3 (kernel, [Σ C, 1, 3, 3]) behind it; on CUDA alone. moments, (Σ C, B, 2) float64: mean
+  // and Σ (x - mean)² of every plane of xs, where they are known; the last result: those of ys, in training.
+  m.def(
+      "goctconv_norm_depthwise(Tensor[] xs, Tensor weight, Tensor bias, Tensor slope, Tensor running_mean, "
+      "Tensor running_var, Tensor kernel, Tensor? moments, bool training, float eps) -> "
+      "(Tensor[], Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "goctconv_norm_depthwise_backward(Tensor[] grads, Tensor[] xs, Tensor weight, Tensor bias, Tensor slope, "
+      "Tensor mean, Tensor var, Tensor kernel, bool training, float eps) -> (Tensor[], Tensor, Tensor, Tensor, "
+      "Tensor)");
   // Running statistics from a batch's; channels and counts (values per channel) are per scale.
   m.def(
       "goctconv_update_stats_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "

@@ -16,6 +16,7 @@ from sodfast.ops import (
     goctconv_depthwise,
     goctconv_dilated,
     goctconv_norm_act,
+    goctconv_norm_depthwise,
     goctconv_update_stats_,
     ilblock,
     scfm,
@@ -53,7 +54,6 @@ def main() -> None:
                 with torch.no_grad():
                     vectors = tensor(n, dtype=dtype), tensor(n, dtype=dtype)
                     goctconv(maps(channels, large, dtype), weight, outs, stride, *vectors)
-                with torch.no_grad():
                     layers = [weight, *(tensor(n, 1, 3, 3, dtype=dtype) for _ in range(2))]
                     vectors = [tensor(n, dtype=dtype) for _ in range(3)]
                     ilblock(maps(channels, large, dtype), layers, vectors, vectors, outs, stride)
@@ -74,6 +74,13 @@ def main() -> None:
                     ys, mean, var, means = goctconv_norm_act(
                         maps(channels, maps_size, dtype), *vectors, training
                     )
+                    differentiate(ys)
+                    kernel = tensor(total, 1, 3, 3, dtype=dtype)
+                    ys, _, _, _, moments = goctconv_norm_depthwise(
+                        maps(channels, maps_size, dtype), *vectors, kernel, None, training
+                    )
+                    moments = moments if training else None
+                    ys = goctconv_norm_depthwise(ys, *vectors, kernel, moments, training)[0]
                     differentiate(ys)
             running = [v.detach() for v in vectors[3:]]
             goctconv_update_stats_(*running, mean, var, channels, (9, 5, 1))

@@ -52,7 +52,8 @@ STAGES: dict[str, list[str]] = {
     "build": [PYTHON, "setup.py", "build_ext", "--inplace"],
     "tests": [PYTHON, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider",
               "tests/test_gpu_kernels.py", "tests/test_gpu_maps.py", "tests/test_decay.py",
-              "tests/test_ilblock.py", "tests/test_cuda_graph.py", "tests/test_cuda_sources.py"],
+              "tests/test_ilblock.py", "tests/test_goctconv_norm_depthwise.py",
+              "tests/test_cuda_graph.py", "tests/test_cuda_sources.py"],
     "tests-triton": [PYTHON, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider",
                      "tests/test_triton.py", "tests/test_triton_maps.py"],
     **{tool: [*SANITIZER, *OURS, "--tool", tool, *EXERCISE]

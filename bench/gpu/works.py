@@ -23,6 +23,7 @@ BLOCKS = {
         ("csnet-x2", "stages.4.1"),  # the most channels that are one launch
     )
 }
+BLOCKS_TRAINING = {"ilblock": (("csnet-x1", "stages.1.1"), ("csnet-x1", "stages.3.1"))}
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ def works(kind: str) -> Iterator[Work]:
     """The cases of a kind, in both dtypes; of each dtype the most telling first."""
     for dtype in DTYPES:
         if kind == "op":
-            for training, layers in ((False, BLOCKS | INFERENCE), (True, TRAINING)):
+            for training, layers in (
+                (False, BLOCKS | INFERENCE), (True, BLOCKS_TRAINING | TRAINING)
+            ):  # fmt: skip
                 for op, places in layers.items():
                     for network, layer in places:
                         batch = OP_BATCH[training]

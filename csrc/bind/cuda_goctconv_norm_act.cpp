@@ -1,23 +1,9 @@
 // torch.ops.sodfast.goctconv_norm_act, its gradient, and the update of the running statistics on CUDA. Parameters and
 // statistics may stay float32 beside half-precision maps, as under autocast.
-#include "bind/cuda.h"
+#include "bind/cuda_norm_act.h"
 
 namespace sodfast {
 namespace {
-
-// The five vectors of one op, checked: all of one dtype, float32 or that of the maps.
-Tensors vectors(const char* op, const char* const (&names)[5], const Tensor* const (&given)[5], int64_t n,
-                const Tensor& map) {
-  Tensors out;
-  for (int i = 0; i < 5; ++i) {
-    check_device(op, names[i], *given[i], map);
-    check_vector(op, names[i], *given[i], n, *given[0]);
-    out.push_back(torch::stable::contiguous(*given[i]));
-  }
-  const ScalarType type = out[0].scalar_type();
-  check(type == map.scalar_type() || type == ScalarType::Float, op, "weight must be float32 or of the dtype of xs");
-  return out;
-}
 
 std::tuple<Tensors, Tensor, Tensor, Tensor> goctconv_norm_act(const Tensors& xs, const Tensor& weight,
                                                               const Tensor& bias, const Tensor& slope,
@@ -26,8 +12,8 @@ std::tuple<Tensors, Tensor, Tensor, Tensor> goctconv_norm_act(const Tensors& xs,
   const char* op = "goctconv_norm_act";
   const Pyramid maps = pyramid_of(op, "xs", xs);
   const int64_t n = maps.total();
-  const Tensors v = vectors(op, {"weight", "bias", "slope", "running_mean", "running_var"},
-                            {&weight, &bias, &slope, &running_mean, &running_var}, n, xs[0]);
+  const Tensors v = norm_act_vectors(op, {"weight", "bias", "slope", "running_mean", "running_var"},
+                                     {&weight, &bias, &slope, &running_mean, &running_var}, n, xs[0]);
   const Tensor mean = empty_for(weight, {n}), var = empty_for(weight, {n}), means = empty_for(weight, {maps.batch, n});
   const Tensors in = contiguous_all(xs), out = empty_pyramid(xs[0], maps);
   const cuda::Type type = type_of(xs[0]);
@@ -50,7 +36,7 @@ std::tuple<Tensors, Tensor, Tensor, Tensor> goctconv_norm_act_backward(const Ten
   check_pyramid(op, "grads", grads, maps);
   const int64_t n = maps.total();
   const Tensors v =
-      vectors(op, {"weight", "bias", "slope", "mean", "var"}, {&weight, &bias, &slope, &mean, &var}, n, xs[0]);
+      norm_act_vectors(op, {"weight", "bias", "slope", "mean", "var"}, {&weight, &bias, &slope, &mean, &var}, n, xs[0]);
   const Tensor gweight = empty_for(weight, {n}), gbias = empty_for(weight, {n}), gslope = empty_for(weight, {n});
   const Tensors g = contiguous_all(grads), in = contiguous_all(xs), out = empty_pyramid(xs[0], maps);
   const cuda::Type type = type_of(xs[0]);

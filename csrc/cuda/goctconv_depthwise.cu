@@ -7,13 +7,14 @@
 // aligned) and writes 4 of 4; neighbours' values come from L1. 18 FLOPs per output, 8 bytes of device memory in
 // float32 (4 in half precision): memory bounds it. The aim is the copy bandwidth. The gradient to the weight reads x
 // and g once: a block sums one channel's slice of samples and rows, a second launch adds the slices.
+#include "cuda/depthwise_rows.h"
 #include "cuda/reduce.h"
 #include "cuda/slices.h"
 
 namespace sodfast::cuda {
 namespace {
 
-constexpr int threads = 256, strip = 4, lane_pixels = 4;
+constexpr int threads = 256, strip = 4;
 
 template <class T>
 struct Arguments {
@@ -27,27 +28,6 @@ struct Arguments {
   bool flip;
   BlockRanges blocks;
 };
-
-// Reads row y, columns x - 1 to x + 4, of a plane; zero outside.
-template <class T, class A>
-__device__ __forceinline__ void read_row(const T* plane, int y, int x, int rows, int cols, bool aligned, A (&v)[6]) {
-  if (y < 0 || y >= rows) {
-#pragma unroll
-    for (int i = 0; i < 6; ++i) v[i] = 0;
-    return;
-  }
-  const T* p = plane + static_cast<int64_t>(y) * cols + x;
-  v[0] = x > 0 ? widen(p[-1]) : A(0);
-  if (aligned) {
-    const Pack<T, lane_pixels> middle = *reinterpret_cast<const Pack<T, lane_pixels>*>(p);
-#pragma unroll
-    for (int i = 0; i < lane_pixels; ++i) v[1 + i] = widen(middle.v[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < lane_pixels; ++i) v[1 + i] = x + i < cols ? widen(p[i]) : A(0);
-  }
-  v[5] = x + 4 < cols ? widen(p[4]) : A(0);
-}
 
 // The tap t of pixel (y, x) for any dilation; zero outside.
 template <class T>

@@ -65,6 +65,18 @@ int64_t norm_act_backward_workspace(Type, const Pyramid&);
 cudaError_t norm_act_backward(Type, const Pyramid&, Pointers gys, Pointers xs, const NormActParameters&, Vector mean,
                               Vector var, double eps, bool training, MutablePointers gxs, Vector ggamma, Vector gbeta,
                               Vector gslope, void* workspace, cudaStream_t);
+// The same followed by a depthwise 3x3, kernel: [total, 3, 3]; y itself is never written. moments: [total, batch, 2],
+// double: mean and Σ (x - mean)² of every plane of xs, or null; out_moments: those of ys, or null.
+int64_t norm_depthwise_workspace(Type, const Pyramid&);  // without moments, in training
+cudaError_t norm_depthwise(Type, const Pyramid&, Pointers xs, const NormActParameters&, Vector running_mean,
+                           Vector running_var, Vector kernel, const double* moments, double eps, bool training,
+                           Vector mean, Vector var, MutablePointers ys, Vector channel_means, double* out_moments,
+                           void* workspace, cudaStream_t);
+int64_t norm_depthwise_backward_workspace(Type, const Pyramid&);
+cudaError_t norm_depthwise_backward(Type, const Pyramid&, Pointers gys, Pointers xs, const NormActParameters&,
+                                    Vector mean, Vector var, Vector kernel, double eps, bool training,
+                                    MutablePointers gxs, Vector ggamma, Vector gbeta, Vector gslope, Vector gkernel,
+                                    void* workspace, cudaStream_t);
 // running = (1 - momentum) · running + momentum · batch, for channels[s] channels of counts[s] values each.
 struct StatisticsUpdate {
   int scales = 0;

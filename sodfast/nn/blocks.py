@@ -90,13 +90,33 @@ class ILBlock(nn.Module):
                 self.conv1.out_channels,
                 self.conv1.stride,
             )
-        xs = self.norm1(self.conv1(xs))
-        xs = self.norm2(self.conv2(xs))
-        return self.norm3(self.conv3(xs))
+        ys = self.conv1(xs)
+        if self._norms_into_convolutions(ys):  # the same, without their results in memory
+            ys, moments = self.norm1.into(self.conv2, ys)
+            ys, _ = self.norm2.into(self.conv3, ys, moments)
+            return self.norm3(ys)
+        ys = self.norm2(self.conv2(self.norm1(ys)))
+        return self.norm3(self.conv3(ys))
+
+    def _norms_into_convolutions(self, xs: list[Tensor]) -> bool:
+        """Whether a kernel does both at once, and nobody wants to see what is between them."""
+        norms, convs = (self.norm1, self.norm2), (self.conv2, self.conv3)
+        return (
+            has_kernel("goctconv_norm_depthwise", xs[0])
+            and all(type(norm) is NormAct for norm in norms)
+            and all(type(conv) is SimplifiedGOctConv for conv in convs)
+            and not any(_is_watched(module) for module in (*norms, *convs))
+        )
 
     def add_to(self, plan: Any, xs: Sequence[Any]) -> list[Any]:
         """Add the fused block to a :class:`sodfast.plan.PlanBuilder`."""
         return plan.block(self, xs, self.conv1, (self.conv2, self.conv3))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody hooked a module: its own call must then happen."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks)
 
 
 class DilatedBank(nn.Module):

@@ -166,6 +166,34 @@ class NormAct(nn.Module):
         self.channel_means: Tensor | None = None
 
     def forward(self, xs: Scales) -> list[Tensor]:
+        xs = self._checked(xs)
+        ys, *statistics = ops.goctconv_norm_act(xs, *self._vectors(), self.training, self.eps)
+        self._keep(xs, *statistics)
+        return ys
+
+    def into(
+        self, conv: SimplifiedGOctConv, xs: Scales, moments: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """``conv(self(xs))`` as one op; see :func:`ops.goctconv_norm_depthwise`.
+
+        Args:
+            conv: with dilation 1; its forward is not called.
+            xs: as of the forward.
+            moments: what an earlier call returned with xs as its result, or None.
+
+        Returns:
+            The result, and its moments.
+        """
+        xs = self._checked(xs)
+        kernel = conv.weight if conv.weight_gain == 1 else conv.weight * conv.weight_gain
+        moments = moments if self.training else None
+        ys, *statistics, moments = ops.goctconv_norm_depthwise(
+            xs, *self._vectors(), kernel, moments, self.training, self.eps
+        )
+        self._keep(xs, *statistics)
+        return ys, moments
+
+    def _checked(self, xs: Scales) -> list[Tensor]:
         xs = scale_list(xs)
         if self.training:
             for i, x in enumerate(xs):
@@ -174,16 +202,13 @@ class NormAct(nn.Module):
                         f"training needs more than one value per channel; scale {i} has shape "
                         f"{tuple(x.shape)}"
                     )
-        ys, mean, var, channel_means = ops.goctconv_norm_act(
-            xs,
-            self.weight,
-            self.bias,
-            self.slope,
-            self.running_mean,
-            self.running_var,
-            self.training,
-            self.eps,
-        )
+        return xs
+
+    def _vectors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.weight, self.bias, self.slope, self.running_mean, self.running_var
+
+    def _keep(self, xs: list[Tensor], mean: Tensor, var: Tensor, channel_means: Tensor) -> None:
+        """Move the running statistics towards the batch's; remember the channel means."""
         if self.training:
             counts = [x.shape[0] * x.shape[2] * x.shape[3] for x in xs]
             ops.goctconv_update_stats_(
@@ -191,7 +216,6 @@ class NormAct(nn.Module):
                 self.momentum,
             )  # fmt: skip
         self.channel_means = channel_means if self.training else None
-        return ys
 
     def extra_repr(self) -> str:
         return f"{self.channels}, eps={self.eps}, momentum={self.momentum}"

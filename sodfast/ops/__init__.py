@@ -21,6 +21,10 @@ from .goctconv_norm_act import (
     goctconv_update_stats_,
     goctconv_update_stats_reference_,
 )
+from .goctconv_norm_depthwise import (
+    goctconv_norm_depthwise,
+    goctconv_norm_depthwise_reference,
+)
 from .ilblock import ilblock, ilblock_reference
 from .scfm import scfm, scfm_reference
 
@@ -42,6 +46,8 @@ __all__ = [
     "goctconv_dilated_reference",
     "goctconv_norm_act",
     "goctconv_norm_act_reference",
+    "goctconv_norm_depthwise",
+    "goctconv_norm_depthwise_reference",
     "goctconv_reference",
     "goctconv_update_stats_",
     "goctconv_update_stats_reference_",

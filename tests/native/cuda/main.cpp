@@ -6,7 +6,8 @@
 
 namespace sodfast::test {
 void test_ilblock(int cases);
-}
+void test_norm_depthwise(int cases);
+}  // namespace sodfast::test
 
 namespace {
 
@@ -61,6 +62,7 @@ int main(int argc, char** argv) {
   sodfast::test::test_dilated(cases);
   sodfast::test::test_norm_act(cases);
   sodfast::test::test_ilblock(cases);
+  sodfast::test::test_norm_depthwise(cases);
   sodfast::test::test_decay(cases);
   sodfast::test::test_dkd(cases);
   sodfast::test::test_scfm(cases);

@@ -1,0 +1,297 @@
+// BatchNorm + PReLU + depthwise 3x3 of every scale in training: the convolution normalises and activates what it reads.
+//
+//   y = prelu(z),  z = x̂ · γ + β,  x̂ = (x - mean) / √(var + ε),      out[p] = Σ_t w[t] · y[p + t],  zero outside
+//
+// y, which a norm of its own would write and a convolution read again (and keep for its backward), is never in memory.
+// As in goctconv_norm_act.cu a plane belongs to a warp or a block; a thread takes 4 x 4 pixels of it at a time, as in
+// goctconv_depthwise.cu. On the way it sums y, whose means dynamic weight decay needs, and the moments of what it
+// writes, which spare the next norm its own pass over them: with moments given one launch, else one before for x's.
+//
+// The backward reads x and the gradient g twice. What reaches y is the convolution turned around, made again each time:
+//
+//   gy[q] = Σ_t w[t] · g[q - t],   gw[t] = Σ y[q] · g[q - t],   gz = gy · prelu'(z),
+//   gx = γ/√(var + ε) · (gz - mean(gz) - x̂ · mean(gz·x̂))
+//
+// First the sums over the planes (of gz, gz·x̂, the slope's gradient, gw), then gx from their totals.
+//
+// Bytes per value in float32: forward 8 (12 with x's moments to be made) against 20 for the two ops; backward 20
+// against 36. Some 50 FLOPs per value forward, 90 backward: memory bounds both. The aim is the bandwidth.
+#include "cuda/depthwise_rows.h"
+#include "cuda/planes.h"
+
+namespace sodfast::cuda {
+namespace {
+
+constexpr int strip = 4, backward_sums = 12;
+
+// A plane in items of 4 x 4 pixels.
+struct Items {
+  int rows, cols;
+  int64_t across, count;
+  __device__ __forceinline__ Items(const Team& team, const Pyramid& maps)
+      : rows(static_cast<int>(maps.rows(team.s))),
+        cols(static_cast<int>(maps.cols(team.s))),
+        across(divide_up(cols, lane_pixels)),
+        count(team.active && team.area > 0 ? across * divide_up(rows, strip) : 0) {}
+  __device__ __forceinline__ void place(int64_t item, int& y, int& x) const {
+    int64_t part;
+    y = static_cast<int>(divide(item, across, part)) * strip, x = static_cast<int>(part) * lane_pixels;
+  }
+};
+
+template <class T, class A>
+__device__ __forceinline__ void write_row(T* out, int x, int cols, bool aligned, const A (&v)[lane_pixels]) {
+  Pack<T, lane_pixels> result;
+#pragma unroll
+  for (int i = 0; i < lane_pixels; ++i) narrow(v[i], result.v[i]);
+  if (aligned) {
+    *reinterpret_cast<Pack<T, lane_pixels>*>(out) = result;
+  } else {
+#pragma unroll
+    for (int i = 0; i < lane_pixels; ++i)
+      if (x + i < cols) out[i] = result.v[i];
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(threads) convolve(const __grid_constant__ PlaneArguments<T> a) {
+  using A = typename Sum<T>::type;
+  __shared__ double shared[warps];
+  __shared__ Moments shared_moments[warps];
+  const Team team(a);
+  const Items items(team, a.maps);
+  const int rows = items.rows, cols = items.cols;
+  const bool aligned = a.aligned[team.s];
+  const NormAct<A> norm(a, team);
+  A w[9];
+#pragma unroll
+  for (int t = 0; t < 9; ++t) w[t] = team.active ? get<A>(a.kernel, team.channel * 9 + t) : A(0);
+  const T* in = a.xs[team.s] + team.plane * team.area;
+  T* out = a.ys[team.s] + team.plane * team.area;
+  double total[1] = {};
+  Moments moments;
+  for (int64_t item = team.lane; item < items.count; item += team.size) {
+    int y, x;
+    items.place(item, y, x);
+    A sum[strip * lane_pixels] = {}, part = 0;
+#pragma unroll
+    for (int r = -1; r <= strip; ++r) {
+      A v[6];
+      read_row(in, y + r, x, rows, cols, aligned, v);
+#pragma unroll
+      for (int i = 0; i < 6; ++i) {
+        const bool inside = y + r >= 0 && y + r < rows && x + i >= 1 && x + i <= cols;
+        v[i] = inside ? norm(v[i]) : A(0);
+        if (r >= 0 && r < strip && i >= 1 && i <= lane_pixels) part += v[i];
+      }
+#pragma unroll
+      for (int dy = 0; dy < 3; ++dy) {  // row r is tap dy of the output row r + 1 - dy
+        const int o = r + 1 - dy;
+        if (o < 0 || o >= strip) continue;
+#pragma unroll
+        for (int i = 0; i < lane_pixels; ++i)
+#pragma unroll
+          for (int dx = 0; dx < 3; ++dx) sum[o * lane_pixels + i] += w[dy * 3 + dx] * v[i + dx];
+      }
+    }
+    total[0] += part;
+    const auto present = [&](int j) { return y + j / lane_pixels < rows && x + j % lane_pixels < cols; };
+#pragma unroll
+    for (int r = 0; r < strip; ++r) {
+      A line[lane_pixels];
+#pragma unroll
+      for (int i = 0; i < lane_pixels; ++i) {
+        A& value = sum[r * lane_pixels + i];
+        T stored;  // the moments are of what the next norm will read
+        narrow(present(r * lane_pixels + i) ? value : A(0), stored);
+        line[i] = value = widen(stored);
+      }
+      if (y + r < rows) write_row(out + static_cast<int64_t>(y + r) * cols + x, x, cols, aligned, line);
+    }
+    if (a.moments != nullptr) moments.add(sum, least(strip, rows - y) * least(lane_pixels, cols - x), present);
+  }
+  team.add_up(total, shared);
+  if (team.active && team.lane == 0 && team.area > 0)
+    put(a.channel_means, team.b * a.maps.total() + team.channel, total[0] / static_cast<double>(team.area));
+  if (a.moments != nullptr) moments.write(team, a.maps.batch, shared_moments, a.moments);
+}
+
+// Calls f(x, g) for every pixel of the thread's items, g[t] being the gradient that tap t of the kernel read the pixel
+// for; writes what f returns where `writes`. done() follows every item.
+template <bool writes, class T, class F, class Done>
+__device__ __forceinline__ void for_each_pixel(const PlaneArguments<T>& a, const Team& team, const F& f,
+                                               const Done& done) {
+  using A = typename Sum<T>::type;
+  const Items items(team, a.maps);
+  const int rows = items.rows, cols = items.cols;
+  const bool aligned = a.aligned[team.s];
+  const int64_t offset = team.plane * team.area;
+  const T *in = a.xs[team.s] + offset, *gradient = a.gys[team.s] + offset;
+  for (int64_t item = team.lane; item < items.count; item += team.size) {
+    int y, x;
+    items.place(item, y, x);
+    A rolling[3][6];  // rows of the gradient: above, of and below the pixels
+    read_row(gradient, y - 1, x, rows, cols, aligned, rolling[0]);
+    read_row(gradient, y, x, rows, cols, aligned, rolling[1]);
+#pragma unroll
+    for (int r = 0; r < strip; ++r) {
+      read_row(gradient, y + r + 1, x, rows, cols, aligned, rolling[(r + 2) % 3]);
+      if (y + r >= rows) continue;
+      const int64_t start = static_cast<int64_t>(y + r) * cols + x;
+      Pack<T, lane_pixels> values{};
+      if (aligned) {
+        values = *reinterpret_cast<const Pack<T, lane_pixels>*>(in + start);
+      } else {
+#pragma unroll
+        for (int i = 0; i < lane_pixels; ++i)
+          if (x + i < cols) values.v[i] = in[start + i];
+      }
+      A results[lane_pixels] = {};
+#pragma unroll
+      for (int i = 0; i < lane_pixels; ++i) {
+        A g[9];
+#pragma unroll
+        for (int t = 0; t < 9; ++t) g[t] = rolling[(r + 2 - t / 3) % 3][i + 2 - t % 3];
+        if (x + i < cols) results[i] = f(A(widen(values.v[i])), g);
+      }
+      if (writes) write_row(a.ys[team.s] + offset + start, x, cols, aligned, results);
+    }
+    done();
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(threads) sum_backward(const __grid_constant__ PlaneArguments<T> a) {
+  using A = typename Sum<T>::type;
+  __shared__ double shared[warps * backward_sums];
+  const Team team(a);
+  const Channel<A> channel(a, team.channel);
+  A w[9];
+#pragma unroll
+  for (int t = 0; t < 9; ++t) w[t] = team.active ? get<A>(a.kernel, team.channel * 9 + t) : A(0);
+  double sums[backward_sums] = {};
+  A part[backward_sums] = {};
+  for_each_pixel<false>(
+      a, team,
+      [&](A x, const A(&g)[9]) {
+        const A normal = (x - channel.mean) * channel.inverse, z = normal * channel.gamma + channel.beta;
+        const A y = z > 0 ? z : z * channel.slope;
+        A gy = 0;
+#pragma unroll
+        for (int t = 0; t < 9; ++t) gy += w[t] * g[t], part[3 + t] += y * g[t];
+        const A gz = z > 0 ? gy : gy * channel.slope;
+        part[0] += gz, part[1] += gz * normal, part[2] += z > 0 ? A(0) : gy * z;
+        return gz;
+      },
+      [&] {
+#pragma unroll
+        for (int k = 0; k < backward_sums; ++k) sums[k] += part[k], part[k] = 0;
+      });
+  team.add_up(sums, shared);
+  if (team.active && team.lane == 0)
+#pragma unroll
+    for (int k = 0; k < backward_sums; ++k)
+      a.partial[(team.channel * a.maps.batch + team.b) * backward_sums + k] = sums[k];
+}
+
+// The total over the batch of sum k of the team's channel; the same in every lane.
+template <class T>
+__device__ __forceinline__ double over_batch(const PlaneArguments<T>& a, const Team& team, int k) {
+  double sum = 0;
+  if (team.active)
+    for (int64_t b = threadIdx.x % 32; b < a.maps.batch; b += 32)
+      sum += a.partial[(team.channel * a.maps.batch + b) * backward_sums + k];
+  return warp_sum(sum);
+}
+
+template <class T>
+__global__ void __launch_bounds__(threads) apply_backward(const __grid_constant__ PlaneArguments<T> a) {
+  using A = typename Sum<T>::type;
+  const Team team(a);
+  const Channel<A> channel(a, team.channel);
+  double sums[3];
+#pragma unroll
+  for (int k = 0; k < 3; ++k) sums[k] = over_batch(a, team, k);
+  if (!team.active) return;
+  if (team.b == 0) {
+    if (team.lane == 0) {
+      put(a.gbeta, team.channel, sums[0]), put(a.ggamma, team.channel, sums[1]), put(a.gslope, team.channel, sums[2]);
+    }
+    for (int t = 0; t < 9; ++t) {
+      const double total = over_batch(a, team, 3 + t);
+      if (team.lane == 0) put(a.gkernel, team.channel * 9 + t, total);
+    }
+  }
+  A w[9];
+#pragma unroll
+  for (int t = 0; t < 9; ++t) w[t] = get<A>(a.kernel, team.channel * 9 + t);
+  const double count = static_cast<double>(a.maps.batch) * static_cast<double>(team.area);
+  const A mean_gz = a.training ? A(sums[0] / count) : A(0), mean_gzx = a.training ? A(sums[1] / count) : A(0);
+  const A scale = channel.gamma * channel.inverse;
+  for_each_pixel<true>(
+      a, team,
+      [&](A x, const A(&g)[9]) {
+        const A normal = (x - channel.mean) * channel.inverse, z = normal * channel.gamma + channel.beta;
+        A gy = 0;
+#pragma unroll
+        for (int t = 0; t < 9; ++t) gy += w[t] * g[t];
+        return scale * ((z > 0 ? gy : gy * channel.slope) - mean_gz - normal * mean_gzx);
+      },
+      [] {});
+}
+
+// Rows of whole packs, not planes alone.
+template <class T>
+void align_rows(PlaneArguments<T>& a) {
+  for (int s = 0; s < a.maps.scales; ++s) a.aligned[s] = a.aligned[s] && a.maps.cols(s) % lane_pixels == 0;
+}
+
+}  // namespace
+
+int64_t norm_depthwise_workspace(Type type, const Pyramid& maps) { return norm_act_workspace(type, maps); }
+
+cudaError_t norm_depthwise(Type type, const Pyramid& maps, Pointers xs, const NormActParameters& parameters,
+                           Vector running_mean, Vector running_var, Vector kernel, const double* moments, double eps,
+                           bool training, Vector mean, Vector var, MutablePointers ys, Vector channel_means,
+                           double* out_moments, void* workspace, cudaStream_t stream) {
+  return for_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    PlaneArguments<T> a = plane_arguments<T>(maps, xs, nullptr, ys);
+    a.parameters = parameters, a.running_mean = running_mean, a.running_var = running_var, a.mean = mean, a.var = var;
+    a.kernel = kernel, a.channel_means = channel_means, a.eps = eps, a.training = training, a.moments = out_moments;
+    a.partial = moments != nullptr ? const_cast<double*>(moments) : static_cast<double*>(workspace);
+    const int64_t blocks = a.blocks.first[maps.scales];
+    if (training && moments == nullptr && maps.batch > 0) {
+      const cudaError_t error = launch(measure<T>, blocks, threads, stream, a);
+      if (error != cudaSuccess) return error;
+    }
+    align_rows(a);
+    return launch(convolve<T>, blocks, threads, stream, a);
+  });
+}
+
+int64_t norm_depthwise_backward_workspace(Type, const Pyramid& maps) {
+  return maps.batch * maps.total() * backward_sums * static_cast<int64_t>(sizeof(double));
+}
+
+cudaError_t norm_depthwise_backward(Type type, const Pyramid& maps, Pointers gys, Pointers xs,
+                                    const NormActParameters& parameters, Vector mean, Vector var, Vector kernel,
+                                    double eps, bool training, MutablePointers gxs, Vector ggamma, Vector gbeta,
+                                    Vector gslope, Vector gkernel, void* workspace, cudaStream_t stream) {
+  return for_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    PlaneArguments<T> a = plane_arguments<T>(maps, xs, gys, gxs);
+    a.parameters = parameters, a.mean = mean, a.var = var, a.kernel = kernel, a.gkernel = gkernel;
+    a.ggamma = ggamma, a.gbeta = gbeta, a.gslope = gslope, a.eps = eps, a.training = training;
+    a.partial = static_cast<double*>(workspace);
+    align_rows(a);
+    const int64_t blocks = a.blocks.first[maps.scales];
+    if (maps.batch > 0) {
+      const cudaError_t error = launch(sum_backward<T>, blocks, threads, stream, a);
+      if (error != cudaSuccess) return error;
+    }
+    return launch(apply_backward<T>, blocks, threads, stream, a);
+  });
+}
+
+}  // namespace sodfast::cuda

@@ -1,0 +1,197 @@
+"""Batch normalisation, PReLU and the depthwise 3x3 behind them, for training on CUDA."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _check
+from ._backend import choose, register
+from .goctconv_depthwise import goctconv_depthwise_reference
+from .goctconv_norm_act import goctconv_norm_act_reference
+
+NormDepthwiseResult = tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]
+
+
+def goctconv_norm_depthwise(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    slope: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    kernel: Tensor,
+    moments: Tensor | None = None,
+    training: bool = False,
+    eps: float = 1e-5,
+) -> NormDepthwiseResult:
+    r"""Normalise and activate every channel, then convolve it with its own 3x3 kernel.
+
+    .. math:: y = \mathrm{PReLU}\Big(\gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} +
+              \beta\Big), \qquad o_c = w_c * y_c
+
+    What :func:`goctconv_norm_act` and :func:`goctconv_depthwise` do one after the other, as an
+    ILBlock does twice (CSNet, section 3.2). The CUDA kernel never writes y: it normalises what the
+    convolution reads, and the backward makes y again from xs, which alone is kept. It has a
+    kernel on CUDA alone; elsewhere :class:`sodfast.nn.ILBlock` calls the two ops.
+
+    Args:
+        xs: 1 to 4 tensors, high resolution first; scale i is (B, C_i, H/2^i, W/2^i) exactly.
+            An absent scale has C_i = 0.
+        weight, bias, slope: gamma, beta and the PReLU slopes, (sum of C_i,).
+        running_mean, running_var: (sum of C_i,), used when training is False.
+        kernel: (sum of C_i, 1, 3, 3).
+        moments: what an earlier call returned with xs as its result: spares a pass over xs.
+            None, or (sum of C_i, B, 2), float64; in training only.
+        training: use the statistics of this batch over B, H and W (the variance divided by
+            B·H·W) instead of the running ones.
+        eps: added to the variance; at least 0.
+
+    All tensors but moments share one device and one dtype (float32, float16 or bfloat16 in the
+    CUDA kernel, any in the reference). Under autocast on CUDA everything but xs may stay float32.
+    NaN and infinity propagate.
+
+    Returns:
+        (os, mean, var, channel_means, moments): os shaped as xs; mean and variance that were
+        used, (sum of C_i,); the means over H and W of y, (B, sum of C_i); in training, of every
+        plane of os, mean and sum of squared distances from it, (sum of C_i, B, 2), float64,
+        otherwise (0,). Only os are differentiable.
+
+    Raises:
+        TypeError: an integer dtype, or dtypes that differ.
+        ValueError: a wrong rank, shape or device, a negative eps, moments without training, or
+            a scale whose size is not exactly that of scale 0 divided by 2^i.
+        RuntimeError: a backend that was asked for by name cannot run.
+    """
+    xs = _check.scales(xs)
+    parameters = (weight, bias, slope, running_mean, running_var)
+    names = ("weight", "bias", "slope", "running_mean", "running_var")
+    channels = sum([x.shape[1] for x in xs])
+    for parameter, name in zip(parameters, names):
+        _check.parameter(parameter, name, (channels,), xs[0])
+    _check.parameter(kernel, "kernel", (channels, 1, 3, 3), xs[0])
+    if eps < 0:
+        raise ValueError(f"eps must not be negative: {eps}")
+    if moments is not None:
+        _check_moments(moments, (channels, xs[0].shape[0], 2), xs[0], training)
+    if choose("goctconv_norm_depthwise", xs[0]) == "reference":
+        return goctconv_norm_depthwise_reference(xs, *parameters, kernel, moments, training, eps)
+    return torch.ops.sodfast.goctconv_norm_depthwise(
+        xs, *parameters, kernel, moments, training, eps
+    )
+
+
+def goctconv_norm_depthwise_reference(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    slope: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    kernel: Tensor,
+    moments: Tensor | None = None,
+    training: bool = False,
+    eps: float = 1e-5,
+) -> NormDepthwiseResult:
+    """:func:`goctconv_norm_depthwise` in plain torch: the specification, and the fallback.
+
+    It measures xs whether it gets their moments or not.
+    """
+    ys, mean, var, channel_means = goctconv_norm_act_reference(
+        xs, weight, bias, slope, running_mean, running_var, training, eps
+    )
+    ys = goctconv_depthwise_reference(ys, kernel)
+    if not training:
+        return ys, mean, var, channel_means, xs[0].new_empty(0, dtype=torch.float64)
+    return ys, mean, var, channel_means, plane_moments(ys)
+
+
+def plane_moments(xs: Sequence[Tensor]) -> Tensor:
+    """Mean and sum of squared distances from it of every plane: (channels, B, 2), float64."""
+    wide = [x.detach().double().flatten(2) for x in xs]
+    means = [x.mean(2, keepdim=True) for x in wide]
+    squares = [(x - m).square().sum(2) for x, m in zip(wide, means)]
+    mean, square = (torch.cat(parts, 1) for parts in ([m.squeeze(2) for m in means], squares))
+    return torch.stack([mean.t(), square.t()], 2)
+
+
+def _check_moments(moments: Tensor, shape: tuple[int, ...], like: Tensor, training: bool) -> None:
+    if not training:
+        raise ValueError("moments have no use where training is False")
+    if not isinstance(moments, Tensor) or moments.dtype != torch.float64:
+        found = moments.dtype if isinstance(moments, Tensor) else type(moments).__name__
+        raise TypeError(f"moments must be a float64 tensor, not {found}")
+    if tuple(moments.shape) != shape:
+        raise ValueError(f"moments must have shape {shape}, not {tuple(moments.shape)}")
+    if moments.device != like.device:
+        raise ValueError(f"moments is on {moments.device}, xs[0] is on {like.device}")
+
+
+def _fake(
+    xs: list[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    slope: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    kernel: Tensor,
+    moments: Tensor | None,
+    training: bool,
+    eps: float,
+) -> NormDepthwiseResult:
+    batch, channels = xs[0].shape[0], weight.shape[0]
+    mean, var = weight.new_empty(channels), weight.new_empty(channels)
+    shape = (channels, batch, 2) if training else (0,)
+    of_ys = xs[0].new_empty(shape, dtype=torch.float64)
+    ys = [x.new_empty(x.shape) for x in xs]
+    return ys, mean, var, weight.new_empty(batch, channels), of_ys
+
+
+def _fake_backward(
+    grads: list[Tensor],
+    xs: list[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    slope: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    kernel: Tensor,
+    training: bool,
+    eps: float,
+) -> NormDepthwiseResult:
+    gweight, gbias, gslope = (weight.new_empty(weight.shape) for _ in range(3))
+    return (
+        [x.new_empty(x.shape) for x in xs],
+        gweight,
+        gbias,
+        gslope,
+        kernel.new_empty(kernel.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: NormDepthwiseResult) -> None:
+    xs, weight, bias, slope, _, _, kernel, _, ctx.training, ctx.eps = inputs
+    _, mean, var, channel_means, moments = output
+    ctx.mark_non_differentiable(mean, var, channel_means, moments)
+    ctx.save_for_backward(*xs, weight, bias, slope, mean, var, kernel)
+
+
+def _backward(ctx: Any, grads: list[Tensor], *_: Tensor) -> tuple:
+    *xs, weight, bias, slope, mean, var, kernel = ctx.saved_tensors
+    grad_xs, grad_weight, grad_bias, grad_slope, grad_kernel = (
+        torch.ops.sodfast.goctconv_norm_depthwise_backward(
+            grads, xs, weight, bias, slope, mean, var, kernel, ctx.training, ctx.eps
+        )
+    )
+    return grad_xs, grad_weight, grad_bias, grad_slope, None, None, grad_kernel, None, None, None
+
+
+register(
+    "goctconv_norm_depthwise",
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+    autocast=False,
+)
+register("goctconv_norm_depthwise_backward", fake=_fake_backward, autocast=False)
