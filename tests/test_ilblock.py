@@ -134,6 +134,22 @@ def test_on_the_cpu_a_fused_block_runs_its_layers() -> None:
     assert calls.counts == {"goctconv": 1, "goctconv_depthwise": 2}
 
 
+@torch.no_grad()
+def test_torch_compile_keeps_it(gpu: str) -> None:
+    block, device = sodfast.fuse(ILBlock((3, 2), (4, 1)).eval()), device_of(gpu)
+    xs = [torch.randn(1, 3, 8, 8, device=device), torch.randn(1, 2, 4, 4, device=device)]
+    called: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        called.extend(str(n.target) for n in module.graph.nodes if n.op == "call_function")
+        return module.forward
+
+    compiled = torch.compile(block.to(device), fullgraph=True, backend=backend)
+    with running(gpu):
+        torch.testing.assert_close(compiled(xs), block(xs))
+    assert [name for name in called if "sodfast" in name] == ["sodfast.ilblock"]
+
+
 def test_it_has_no_gradient(gpu: str) -> None:
     case = Case(test_goctconv.Case(1, (4, 4), (2,), (3,)))
     tensors = {n: [t.to(device_of(gpu)) for t in ts] for n, ts in case.tensors().items()}
