@@ -15,6 +15,9 @@ STABLE_TORCH_LIBRARY(sodfast, m) {
   // Cross-scale convolution, weight [Σ out, Σ in, k, k]: stride 2 averages first; max-pool down, bilinear up.
   m.def(
       "goctconv(Tensor[] xs, Tensor weight, Tensor? bias, Tensor? slope, int[] out_channels, int stride) -> Tensor[]");
+  // The same without epilogue, for training, on CUDA alone; and the moments of its result, as of
+  // goctconv_norm_depthwise.
+  m.def("goctconv_measured(Tensor[] xs, Tensor weight, int[] out_channels, int stride) -> (Tensor[], Tensor)");
   m.def("goctconv_grad_input(Tensor[] grads, Tensor[] xs, Tensor weight, int stride) -> Tensor[]");
   m.def("goctconv_grad_weight(Tensor[] grads, Tensor[] xs, Tensor weight, int stride) -> Tensor");
 

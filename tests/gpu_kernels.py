@@ -27,7 +27,7 @@ OPS = (
     "goctconv_norm_act_backward", "goctconv_update_stats_", "decay_", "adam_decay_", "dkd_sums",
     "dkd_loss", "dkd_loss_backward", "scfm", "scfm_backward", "boundary", "boundary_backward",
     "structure_polishing_sums", "structure_polishing_sums_backward", "ilblock",
-    "goctconv_norm_depthwise", "goctconv_norm_depthwise_backward",
+    "goctconv_measured", "goctconv_norm_depthwise", "goctconv_norm_depthwise_backward",
 )  # fmt: skip
 HALVES = (torch.float16, torch.bfloat16)
 BACKENDS = ("cuda-on-host", "cuda")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import test_goctconv
 import test_goctconv_norm_act
 import torch
 from gpu_kernels import HALVES, check_kernels, device_of, dtypes_of, running
@@ -29,7 +30,7 @@ from sodfast.ops import (
     goctconv_norm_depthwise,
     goctconv_norm_depthwise_reference,
 )
-from sodfast.ops.goctconv_norm_depthwise import plane_moments
+from sodfast.ops.goctconv import plane_moments
 from sodfast.sync import synchronise
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -169,15 +170,20 @@ def values(block: ILBlock, xs: list[Tensor], grads: list[Tensor]) -> list[Tensor
     ys = block(xs)
     gradients = torch.autograd.grad(ys, list(block.parameters()), grads)
     means = [norm.channel_means for norm in (block.norm1, block.norm2, block.norm3)]
-    assert all((mean is not None) == block.training for mean in means)
+    assert [mean is not None for mean in means] == [
+        norm.training for norm in (block.norm1, block.norm2, block.norm3)
+    ]
     kept = [*ys, *gradients, *(mean for mean in means if mean is not None), *block.buffers()]
     return [t.detach().cpu() for t in kept]
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_block_trains_as_by_its_layers(gpu: str, training: bool) -> None:
+@pytest.mark.parametrize("frozen", ["", "norm1", "norm2"])
+def test_a_block_trains_as_by_its_layers(gpu: str, training: bool, frozen: str) -> None:
     block, xs, grads = block_and_images()
     block.train(training)
+    if frozen:
+        getattr(block, frozen).eval()
     twin = copy.deepcopy(block).double()
     with sodfast.use_backend("reference"):
         expected = values(twin, [x.double() for x in xs], [g.double() for g in grads])
@@ -187,6 +193,7 @@ def test_a_block_trains_as_by_its_layers(gpu: str, training: bool) -> None:
     assert calls.counts["goctconv_norm_depthwise"] == 2
     assert calls.counts["goctconv_norm_depthwise_backward"] == 2
     assert "goctconv_depthwise" not in calls.counts and calls.counts["goctconv_norm_act"] == 1
+    assert calls.counts["goctconv_measured" if training else "goctconv"] == 1
     for t, x in zip(found, expected):
         largest = max(x.abs().max().item(), 1e-3)
         torch.testing.assert_close(t.double(), x, rtol=1e-3, atol=1e-4 * largest)
@@ -203,12 +210,12 @@ def test_blocks_that_are_watched_or_changed_run_their_layers(gpu: str) -> None:
 
     assert not layers_run(block)
     seen: list[Any] = []
-    for name in ("norm1", "norm2", "conv2", "conv3"):
+    for name in ("conv1", "norm1", "norm2", "conv2", "conv3"):
         module = getattr(block, name)
         handle = module.register_forward_hook(lambda *_, name=name: seen.append(name))
         assert layers_run(block)
         handle.remove()
-    assert seen == ["norm1", "norm2", "conv2", "conv3"]
+    assert seen == ["conv1", "norm1", "norm2", "conv2", "conv3"]
     assert not layers_run(block)
     # Batch statistics over several processes are another norm.
     assert layers_run(synchronise(copy.deepcopy(block)))
@@ -310,6 +317,9 @@ def test_raw_op_refuses_nonsense(gpu: str) -> None:
 
 
 def sound_calls() -> Iterator[Call]:
+    case = test_goctconv.Case(2, (8, 16), (3, 2), (4, 3), kernel=3, bias=False)
+    images, weight = case.tensors()["xs"], case.tensors()["weight"][0]
+    yield "goctconv_measured", (images, weight, list(case.out_channels), 1)
     for with_moments in (False, True):
         norm = test_goctconv_norm_act.Case(2, (8, 12), (3, 2), layout="sliced storage")
         tensors, grads = Case(norm).tensors(), Case(norm).grads()
@@ -337,7 +347,7 @@ def test_registration(gpu: str, number: int) -> None:
 
     with running(gpu):
         given = tuple(moved(t) for t in arguments)
-        if name == "goctconv_norm_depthwise":
+        if not name.endswith("_backward"):
             given = ([x.requires_grad_() for x in given[0]], *given[1:])
         torch.library.opcheck(getattr(torch.ops.sodfast, name).default, given)
         assert_one_device(name, given)

@@ -1,6 +1,6 @@
 """The CUDA kernels, on a GPU or run on the host: values and gradients of every op and dtype."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,7 +16,7 @@ import test_structure_polishing
 import torch
 from gpu_kernels import HALVES, available, check_kernels, device_of, dtypes_of, running
 from hypothesis import given, settings
-from op_cases import Source, assert_one_device, assert_registered, lay_out
+from op_cases import Source, Tensors, assert_one_device, assert_registered, lay_out
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -34,12 +34,15 @@ from sodfast.ops import (
     goctconv_depthwise,
     goctconv_depthwise_reference,
     goctconv_dilated,
+    goctconv_measured,
+    goctconv_measured_reference,
     goctconv_norm_act,
     goctconv_norm_act_reference,
     goctconv_reference,
     goctconv_update_stats_,
     goctconv_update_stats_reference_,
 )
+from sodfast.ops.goctconv import plane_moments
 from sodfast.optim import DynamicWeightDecay, parameter_groups
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -76,6 +79,36 @@ def test_goctconv_larger(gpu: str, case: test_goctconv.Case) -> None:
         gpu, case.run(goctconv), case.run(goctconv_reference), case.tensors(), case.grads(),
         case.terms(),
     )  # fmt: skip
+
+
+@settings(max_examples=EXAMPLES)
+@given(test_goctconv.cases())
+def test_goctconv_measured_drawn(gpu: str, case: test_goctconv.Case) -> None:
+    case = replace(case, bias=False)
+
+    def run(function: Callable) -> Callable[[Tensors], list[Tensor]]:
+        return lambda t: list(function(t["xs"], t["weight"][0], case.out_channels, case.stride)[0])
+
+    runs = run(goctconv_measured), run(goctconv_measured_reference)
+    check_kernels(gpu, *runs, case.tensors(), case.grads(), case.terms())
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("offset", [0.0, 1e2])
+def test_moments_of_goctconv_are_those_of_what_it_wrote(
+    gpu: str, kernel: int, offset: float
+) -> None:
+    """Several tiles with cut edges, several channel blocks; also beside a large mean."""
+    case = test_goctconv.Case(2, (36, 52), (3, 2), (35, 0, 4), kernel, bias=False)
+    tensors, device = case.tensors(), device_of(gpu)
+    for dtype in dtypes_of(gpu):
+        xs = [(offset + x).to(device, dtype) for x in tensors["xs"]]
+        with running(gpu):
+            ys, moments = goctconv_measured(
+                xs, tensors["weight"][0].to(device, dtype), case.out_channels
+            )
+        assert moments.dtype == torch.float64
+        torch.testing.assert_close(moments, plane_moments(ys), rtol=2e-5, atol=1e-7 * (1 + offset))
 
 
 @settings(max_examples=EXAMPLES)

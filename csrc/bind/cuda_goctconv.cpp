@@ -1,4 +1,6 @@
 // torch.ops.sodfast.goctconv and its gradients on CUDA.
+#include <tuple>
+
 #include "bind/cuda.h"
 #include "bind/goctconv.h"
 
@@ -18,6 +20,23 @@ Tensors goctconv(const Tensors& xs, const Tensor& weight, const std::optional<Te
                           write(out).data(), stream);
   });
   return out;
+}
+
+std::tuple<Tensors, Tensor> goctconv_measured(const Tensors& xs, const Tensor& weight,
+                                              const std::vector<int64_t>& out_channels, int64_t stride) {
+  const char* op = "goctconv_measured";
+  const GOctConvShape shape =
+      shape_for(op, xs, weight, out_channels.data(), static_cast<int64_t>(out_channels.size()), stride);
+  const Tensors in = contiguous_all(xs), out = empty_pyramid(xs[0], shape.out);
+  const Tensor w = torch::stable::contiguous(weight);
+  const std::vector<int64_t> size{shape.out.total(), shape.out.batch, 2};
+  const Tensor moments = torch::stable::new_empty(xs[0], size, ScalarType::Double);
+  const Tensor tiles = workspace(xs[0], cuda::goctconv_measured_workspace(shape));
+  on_device(op, xs[0], [&](cudaStream_t stream) {
+    return cuda::goctconv_measured(type_of(xs[0]), shape, read(in).data(), w.const_data_ptr(), write(out).data(),
+                                   static_cast<double*>(moments.mutable_data_ptr()), tiles.mutable_data_ptr(), stream);
+  });
+  return {out, moments};
 }
 
 Tensors goctconv_grad_input(const Tensors& grads, const Tensors& xs, const Tensor& weight, int64_t stride) {
@@ -49,6 +68,7 @@ Tensor goctconv_grad_weight(const Tensors& grads, const Tensors& xs, const Tenso
 
 SODFAST_CUDA_LIBRARY(m) {
   m.impl("goctconv", TORCH_BOX(&goctconv));
+  m.impl("goctconv_measured", TORCH_BOX(&goctconv_measured));
   m.impl("goctconv_grad_input", TORCH_BOX(&goctconv_grad_input));
   m.impl("goctconv_grad_weight", TORCH_BOX(&goctconv_grad_weight));
 }

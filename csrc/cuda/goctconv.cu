@@ -10,10 +10,13 @@
 // The gradient to the input is the same machine with the weights transposed and turned: the transpose of `up` takes
 // the place of pool, the way back through max-pool that of `up`, and stride 2 spreads its result over 2x2 pixels.
 //
+// In training the tile's moments follow its results, so that the norm behind it needs no pass of its own to find them.
+//
 // Per output pixel and channel 2·in·k² FLOPs; bytes: every input and output once (other channels' blocks of a tile
 // run next to each other and find it in L2). At k = 1 and CSNet's 10 to 80 channels that is 5 to 20 FLOPs per byte in
 // float32: memory bounds it up to some 60 channels, float32 arithmetic beyond. The aim is the bandwidth.
 #include "cuda/resample.h"
+#include "cuda/tile_moments.h"
 
 namespace sodfast::cuda {
 namespace {
@@ -36,6 +39,7 @@ struct Arguments {
   int64_t weight_cols;  // input channels in all
   int stride, groups;
   BlockRanges blocks;
+  TileMoments moments;  // where they are asked for
 };
 
 template <class T, int k, bool backward>
@@ -233,6 +237,47 @@ struct Tile {
     }
   }
 
+  // Mean and sum of squares about it of what the tile has of every channel, as it was stored. All threads call.
+  __device__ __forceinline__ void measure() {
+    const int rows = static_cast<int>(a.to.rows(s)), cols = static_cast<int>(a.to.cols(s));
+    const int n_rows = least(side, rows - y0), n_cols = least(side, cols - x0);
+    A* totals = &shared.coarse[0][0];  // [sum][warp][channel of the group]; nobody reads the coarse results any more
+    const auto at = [&](int which, int warp, int o) -> A& {
+      return totals[(which * most_groups * 2 + group * 2 + warp) * outs_per_thread + o];
+    };
+    A part[3][outs_per_thread] = {};
+#pragma unroll
+    for (int pass = 0; pass < 2;
+         ++pass) {  // first the sums, then those of the distances from the mean and their squares
+#pragma unroll
+      for (int o = 0; o < outs_per_thread; ++o) {
+        const A mean = pass == 0 ? A(0) : (at(0, 0, o) + at(0, 1, o)) / A(n_rows * n_cols);
+#pragma unroll
+        for (int p = 0; p < pixels_per_thread; ++p) {
+          T stored;
+          narrow(sum[p][o], stored);
+          const A d = row() < rows && col() + p < cols ? widen(stored) - mean : A(0);
+          part[pass][o] += d;
+          if (pass == 1) part[2][o] += d * d;
+        }
+        part[pass][o] = warp_sum(part[pass][o]);
+        if (pass == 1) part[2][o] = warp_sum(part[2][o]);
+        if (pixel % 32 == 0) {
+          at(pass, pixel / 32, o) = part[pass][o];
+          if (pass == 1) at(2, pixel / 32, o) = part[2][o];
+        }
+      }
+      __syncthreads();
+    }
+    const int o = pixel, channel = group * outs_per_thread + o;
+    if (o >= outs_per_thread || channel >= outs) return;
+    const A n = A(n_rows * n_cols), mean = (at(0, 0, o) + at(0, 1, o)) / n;
+    const A rest = at(1, 0, o) + at(1, 1, o), square = at(2, 0, o) + at(2, 1, o);
+    const int64_t tile = y0 / side * a.moments.across(s) + x0 / side;
+    double* out = a.moments.of(s, out0 + channel, b, tile);
+    out[0] = double(mean) + double(rest / n), out[1] = double(square - rest * rest / n);
+  }
+
   // The gradient of a 2x2 average; the last row and column also clear what an odd size left out of every average.
   __device__ __forceinline__ void spread() const {
     const int stored_rows = static_cast<int>(a.stored.rows(s)), stored_cols = static_cast<int>(a.stored.cols(s));
@@ -257,7 +302,7 @@ struct Tile {
   }
 };
 
-template <class T, int k, bool backward>
+template <class T, int k, bool backward, bool measured = false>
 __global__ void __launch_bounds__(group_threads* most_groups) convolve(const __grid_constant__ Arguments<T> a) {
   using Work = Tile<T, k, backward>;
   __shared__ typename Work::Shared shared;
@@ -283,10 +328,11 @@ __global__ void __launch_bounds__(group_threads* most_groups) convolve(const __g
   for (int i = a.from.scales - 1; i > s; --i) work.add_coarser(i);
   for (int i = 0; i <= least(s, a.from.scales - 1); ++i) work.add_finer(i);
   work.store();
+  if (measured) work.measure();
 }
 
 template <class T>
-cudaError_t run(Arguments<T>& a, int64_t kernel, bool backward, cudaStream_t stream) {
+cudaError_t run(Arguments<T>& a, int64_t kernel, bool backward, cudaStream_t stream, bool measured = false) {
   int64_t most = 1;
   for (int s = 0; s < a.to.scales; ++s) most = a.to.channels[s] > most ? a.to.channels[s] : most;
   a.groups = static_cast<int>(least<int64_t>(most_groups, divide_up<int64_t>(most, outs_per_thread)));
@@ -296,6 +342,8 @@ cudaError_t run(Arguments<T>& a, int64_t kernel, bool backward, cudaStream_t str
                                                     divide_up<int64_t>(a.to.channels[s], a.groups * outs_per_thread);
   const int64_t blocks = a.blocks.first[a.to.scales];
   const int threads = group_threads * a.groups;
+  if (measured)
+    return launch(kernel == 1 ? convolve<T, 1, false, true> : convolve<T, 3, false, true>, blocks, threads, stream, a);
   if (kernel == 1) return launch(backward ? convolve<T, 1, true> : convolve<T, 1, false>, blocks, threads, stream, a);
   return launch(backward ? convolve<T, 3, true> : convolve<T, 3, false>, blocks, threads, stream, a);
 }
@@ -312,20 +360,45 @@ void fill(Pointers from, const T* (&to)[max_scales], int n) {
   for (int i = 0; i < n; ++i) to[i] = static_cast<const T*>(from[i]);
 }
 
+template <class T>
+Arguments<T> arguments_for(const GOctConvShape& shape, Pointers xs, const void* weight, MutablePointers ys) {
+  Arguments<T> a{};
+  a.from = at_convolution(shape), a.to = shape.out, a.stored = shape.in;
+  fill(xs, a.sources, a.from.scales);
+  for (int s = 0; s < a.to.scales; ++s) a.targets[s] = static_cast<T*>(ys[s]);
+  a.weight = static_cast<const T*>(weight), a.weight_cols = shape.in.total();
+  a.stride = static_cast<int>(shape.stride);
+  return a;
+}
+
 }  // namespace
 
 cudaError_t goctconv(Type type, const GOctConvShape& shape, Pointers xs, const void* weight, const void* bias,
                      const void* slope, MutablePointers ys, cudaStream_t stream) {
   return for_type(type, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> a{};
-    a.from = at_convolution(shape), a.to = shape.out, a.stored = shape.in;
-    fill(xs, a.sources, a.from.scales);
-    for (int s = 0; s < a.to.scales; ++s) a.targets[s] = static_cast<T*>(ys[s]);
-    a.weight = static_cast<const T*>(weight), a.weight_cols = shape.in.total();
+    Arguments<T> a = arguments_for<T>(shape, xs, weight, ys);
     a.bias = static_cast<const T*>(bias), a.slope = static_cast<const T*>(slope);
-    a.stride = static_cast<int>(shape.stride);
     return run(a, shape.kernel, false, stream);
+  });
+}
+
+int64_t goctconv_measured_workspace(const GOctConvShape& shape) {
+  return tile_moments(shape.out, side, side).first[shape.out.scales] * 2 * static_cast<int64_t>(sizeof(double));
+}
+
+cudaError_t goctconv_measured(Type type, const GOctConvShape& shape, Pointers xs, const void* weight,
+                              MutablePointers ys, double* moments, void* workspace, cudaStream_t stream) {
+  return for_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    Arguments<T> a = arguments_for<T>(shape, xs, weight, ys);
+    a.moments = tile_moments(shape.out, side, side);
+    a.moments.tiles = static_cast<double*>(workspace), a.moments.planes = moments;
+    const cudaError_t error = run(a, shape.kernel, false, stream, true);
+    const int64_t planes = shape.out.batch * shape.out.total();
+    return error != cudaSuccess
+               ? error
+               : launch(combine_tiles, divide_up<int64_t>(planes, warps), sodfast::cuda::threads, stream, a.moments);
   });
 }
 

@@ -23,6 +23,10 @@ using MutablePointers = void* const*;
 // weight: [out.total(), in.total(), k, k].
 cudaError_t goctconv(Type, const GOctConvShape&, Pointers xs, const void* weight, const void* bias, const void* slope,
                      MutablePointers ys, cudaStream_t);
+// Without epilogue, and with the moments of every plane of ys: [out.total(), batch, 2], as of norm_depthwise.
+int64_t goctconv_measured_workspace(const GOctConvShape&);
+cudaError_t goctconv_measured(Type, const GOctConvShape&, Pointers xs, const void* weight, MutablePointers ys,
+                              double* moments, void* workspace, cudaStream_t);
 cudaError_t goctconv_grad_input(Type, const GOctConvShape&, Pointers gys, Pointers xs, const void* weight,
                                 MutablePointers gxs, cudaStream_t);
 // workspace: so many bytes; its contents do not matter.

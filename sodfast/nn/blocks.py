@@ -90,22 +90,25 @@ class ILBlock(nn.Module):
                 self.conv1.out_channels,
                 self.conv1.stride,
             )
-        ys = self.conv1(xs)
-        if self._norms_into_convolutions(ys):  # the same, without their results in memory
-            ys, moments = self.norm1.into(self.conv2, ys)
+        if self._norms_into_convolutions(xs[0]):  # the same, without their results in memory
+            ys, moments = self.conv1.measured(xs) if self.training else (self.conv1(xs), None)
+            ys, moments = self.norm1.into(self.conv2, ys, moments)
             ys, _ = self.norm2.into(self.conv3, ys, moments)
             return self.norm3(ys)
-        ys = self.norm2(self.conv2(self.norm1(ys)))
+        ys = self.norm2(self.conv2(self.norm1(self.conv1(xs))))
         return self.norm3(self.conv3(ys))
 
-    def _norms_into_convolutions(self, xs: list[Tensor]) -> bool:
+    def _norms_into_convolutions(self, x: Tensor) -> bool:
         """Whether a kernel does both at once, and nobody wants to see what is between them."""
-        norms, convs = (self.norm1, self.norm2), (self.conv2, self.conv3)
+        layers: tuple[nn.Module, ...] = (
+            self.conv1, self.norm1, self.conv2, self.norm2, self.conv3,
+        )  # fmt: skip
+        kinds = (GOctConv, NormAct, SimplifiedGOctConv, NormAct, SimplifiedGOctConv)
         return (
-            has_kernel("goctconv_norm_depthwise", xs[0])
-            and all(type(norm) is NormAct for norm in norms)
-            and all(type(conv) is SimplifiedGOctConv for conv in convs)
-            and not any(_is_watched(module) for module in (*norms, *convs))
+            has_kernel("goctconv_norm_depthwise", x)
+            and all(type(layer) is kind for layer, kind in zip(layers, kinds))
+            and self.conv1.bias is None
+            and not any(_is_watched(layer) for layer in layers)
         )
 
     def add_to(self, plan: Any, xs: Sequence[Any]) -> list[Any]:

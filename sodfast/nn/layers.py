@@ -83,6 +83,11 @@ class GOctConv(nn.Module):
             scale_list(xs), self.weight, self.out_channels, self.stride, self.bias, self.slope
         )
 
+    def measured(self, xs: Scales) -> tuple[list[Tensor], Tensor]:
+        """The forward of a layer without bias, and the moments of its result; see
+        :func:`ops.goctconv_measured`."""
+        return ops.goctconv_measured(scale_list(xs), self.weight, self.out_channels, self.stride)
+
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels} -> {self.out_channels}, kernel_size={self.kernel_size}, "
@@ -173,16 +178,16 @@ class NormAct(nn.Module):
 
     def into(
         self, conv: SimplifiedGOctConv, xs: Scales, moments: Tensor | None = None
-    ) -> tuple[list[Tensor], Tensor]:
+    ) -> tuple[list[Tensor], Tensor | None]:
         """``conv(self(xs))`` as one op; see :func:`ops.goctconv_norm_depthwise`.
 
         Args:
             conv: with dilation 1; its forward is not called.
             xs: as of the forward.
-            moments: what an earlier call returned with xs as its result, or None.
+            moments: of xs, where an earlier layer returned them.
 
         Returns:
-            The result, and its moments.
+            The result, and in training its moments.
         """
         xs = self._checked(xs)
         kernel = conv.weight if conv.weight_gain == 1 else conv.weight * conv.weight_gain
@@ -191,7 +196,7 @@ class NormAct(nn.Module):
             xs, *self._vectors(), kernel, moments, self.training, self.eps
         )
         self._keep(xs, *statistics)
-        return ys, moments
+        return ys, moments if self.training else None
 
     def _checked(self, xs: Scales) -> list[Tensor]:
         xs = scale_list(xs)

@@ -12,7 +12,12 @@ from .boundary import (
 )
 from .decay import adam_decay_, adam_decay_reference_, decay_, decay_reference_
 from .dkd import dkd_loss, dkd_loss_reference, dkd_sums, dkd_sums_reference
-from .goctconv import goctconv, goctconv_reference
+from .goctconv import (
+    goctconv,
+    goctconv_measured,
+    goctconv_measured_reference,
+    goctconv_reference,
+)
 from .goctconv_depthwise import goctconv_depthwise, goctconv_depthwise_reference
 from .goctconv_dilated import goctconv_dilated, goctconv_dilated_reference
 from .goctconv_norm_act import (
@@ -44,6 +49,8 @@ __all__ = [
     "goctconv_depthwise_reference",
     "goctconv_dilated",
     "goctconv_dilated_reference",
+    "goctconv_measured",
+    "goctconv_measured_reference",
     "goctconv_norm_act",
     "goctconv_norm_act_reference",
     "goctconv_norm_depthwise",

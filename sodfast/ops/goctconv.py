@@ -102,6 +102,47 @@ def bias_prelu(ys: list[Tensor], bias: Tensor | None, slope: Tensor | None) -> l
     return ys
 
 
+def goctconv_measured(
+    xs: Sequence[Tensor], weight: Tensor, out_channels: Sequence[int], stride: int = 1
+) -> tuple[list[Tensor], Tensor]:
+    """:func:`goctconv`, and the moments of its result, which a norm behind it asks for.
+
+    For training. It has a kernel on CUDA alone, which sums the moments up as it writes; see
+    :func:`goctconv_norm_depthwise`, which takes them.
+
+    Args:
+        xs, weight, out_channels, stride: as of :func:`goctconv`; there is no epilogue.
+
+    Returns:
+        (ys, moments): ys as of :func:`goctconv`; of every plane of ys, mean and sum of squared
+        distances from it, (sum of out_channels, B, 2), float64, not differentiable.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`goctconv`.
+    """
+    xs, out_channels = check_arguments(xs, weight, out_channels, stride, None, None)
+    if choose("goctconv_measured", xs[0]) == "reference":
+        return goctconv_measured_reference(xs, weight, out_channels, stride)
+    return torch.ops.sodfast.goctconv_measured(xs, weight, out_channels, stride)
+
+
+def goctconv_measured_reference(
+    xs: Sequence[Tensor], weight: Tensor, out_channels: Sequence[int], stride: int = 1
+) -> tuple[list[Tensor], Tensor]:
+    """:func:`goctconv_measured` in plain torch: the specification, and the fallback."""
+    ys = goctconv_reference(xs, weight, out_channels, stride)
+    return ys, plane_moments(ys)
+
+
+def plane_moments(xs: Sequence[Tensor]) -> Tensor:
+    """Mean and sum of squared distances from it of every plane: (channels, B, 2), float64."""
+    wide = [x.detach().double().flatten(2) for x in xs]
+    means = [x.mean(2, keepdim=True) for x in wide]
+    squares = [(x - m).square().sum(2) for x, m in zip(wide, means)]
+    mean, square = (torch.cat(parts, 1) for parts in ([m.squeeze(2) for m in means], squares))
+    return torch.stack([mean.t(), square.t()], 2)
+
+
 def check_arguments(
     xs: Sequence[Tensor],
     weight: Tensor,
@@ -171,6 +212,13 @@ def fake_goctconv(
     ]
 
 
+def _fake_measured(
+    xs: list[Tensor], weight: Tensor, out_channels: list[int], stride: int
+) -> tuple[list[Tensor], Tensor]:
+    ys = fake_goctconv(xs, weight, None, None, out_channels, stride)
+    return ys, xs[0].new_empty(weight.shape[0], xs[0].shape[0], 2, dtype=torch.float64)
+
+
 def _fake_grad_input(
     grads: list[Tensor], xs: list[Tensor], weight: Tensor, stride: int
 ) -> list[Tensor]:
@@ -189,16 +237,34 @@ def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple:
     refuse_slope("goctconv", ctx.slope)
-    *xs, weight = ctx.saved_tensors
     need_xs, need_weight, need_bias, *_ = ctx.needs_input_grad
-    grad_xs, grad_weight, grad_bias = [None] * len(xs), None, None
-    if any(need_xs):
+    grad_xs, grad_weight = _gradients(ctx, grads, any(need_xs), need_weight)
+    grad_bias = bias_gradient(grads) if need_bias else None
+    return grad_xs, grad_weight, grad_bias, None, None, None
+
+
+def _setup_context_measured(ctx: Any, inputs: tuple, output: tuple[list[Tensor], Tensor]) -> None:
+    xs, weight, _, ctx.stride = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*xs, weight)
+
+
+def _backward_measured(ctx: Any, grads: list[Tensor], _: Tensor) -> tuple:
+    need_xs, need_weight, *_ = ctx.needs_input_grad
+    return *_gradients(ctx, grads, any(need_xs), need_weight), None, None
+
+
+def _gradients(
+    ctx: Any, grads: list[Tensor], need_xs: bool, need_weight: bool
+) -> tuple[Sequence[Tensor | None], Tensor | None]:
+    """Those of xs and weight, of what is needed."""
+    *xs, weight = ctx.saved_tensors
+    grad_xs, grad_weight = [None] * len(xs), None
+    if need_xs:
         grad_xs = torch.ops.sodfast.goctconv_grad_input(grads, xs, weight, ctx.stride)
     if need_weight:
         grad_weight = torch.ops.sodfast.goctconv_grad_weight(grads, xs, weight, ctx.stride)
-    if need_bias:
-        grad_bias = bias_gradient(grads)
-    return grad_xs, grad_weight, grad_bias, None, None, None
+    return grad_xs, grad_weight
 
 
 register(
@@ -206,6 +272,13 @@ register(
     fake=fake_goctconv,
     backward=_backward,
     setup_context=_setup_context,
+    cuda_autocast="half",
+)
+register(
+    "goctconv_measured",
+    fake=_fake_measured,
+    backward=_backward_measured,
+    setup_context=_setup_context_measured,
     cuda_autocast="half",
 )
 register("goctconv_grad_input", fake=_fake_grad_input)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _check
 from ._backend import choose, register
+from .goctconv import plane_moments
 from .goctconv_depthwise import goctconv_depthwise_reference
 from .goctconv_norm_act import goctconv_norm_act_reference
 
@@ -42,8 +43,8 @@ def goctconv_norm_depthwise(
         weight, bias, slope: gamma, beta and the PReLU slopes, (sum of C_i,).
         running_mean, running_var: (sum of C_i,), used when training is False.
         kernel: (sum of C_i, 1, 3, 3).
-        moments: what an earlier call returned with xs as its result: spares a pass over xs.
-            None, or (sum of C_i, B, 2), float64; in training only.
+        moments: what this op or :func:`goctconv_measured` returned with xs as its result: spares a
+            pass over xs. None, or (sum of C_i, B, 2), float64; in training only.
         training: use the statistics of this batch over B, H and W (the variance divided by
             B·H·W) instead of the running ones.
         eps: added to the variance; at least 0.
@@ -105,15 +106,6 @@ def goctconv_norm_depthwise_reference(
     if not training:
         return ys, mean, var, channel_means, xs[0].new_empty(0, dtype=torch.float64)
     return ys, mean, var, channel_means, plane_moments(ys)
-
-
-def plane_moments(xs: Sequence[Tensor]) -> Tensor:
-    """Mean and sum of squared distances from it of every plane: (channels, B, 2), float64."""
-    wide = [x.detach().double().flatten(2) for x in xs]
-    means = [x.mean(2, keepdim=True) for x in wide]
-    squares = [(x - m).square().sum(2) for x, m in zip(wide, means)]
-    mean, square = (torch.cat(parts, 1) for parts in ([m.squeeze(2) for m in means], squares))
-    return torch.stack([mean.t(), square.t()], 2)
 
 
 def _check_moments(moments: Tensor, shape: tuple[int, ...], like: Tensor, training: bool) -> None:

@@ -123,6 +123,22 @@ inline Pyramid random_pyramid(int scales, int divide_by, int64_t most_channels) 
   return p;
 }
 
+// [channel][sample]: mean and Σ (x - mean)² of every plane.
+inline Values moments_of(const Pyramid& maps, const std::vector<Values>& xs) {
+  Values all(static_cast<size_t>(2 * maps.batch * maps.total()));
+  for (int s = 0; s < maps.scales; ++s)
+    for (int64_t plane = 0; plane < maps.batch * maps.channels[s]; ++plane) {
+      const double* x = xs[static_cast<size_t>(s)].data() + plane * maps.area(s);
+      double mean = 0, m2 = 0;
+      for (int64_t i = 0; i < maps.area(s); ++i) mean += x[i] / static_cast<double>(maps.area(s));
+      for (int64_t i = 0; i < maps.area(s); ++i) m2 += (x[i] - mean) * (x[i] - mean);
+      const int64_t channel = maps.begin(s) + plane % maps.channels[s], sample = plane / maps.channels[s];
+      all[static_cast<size_t>(2 * (channel * maps.batch + sample))] = mean;
+      all[static_cast<size_t>(2 * (channel * maps.batch + sample) + 1)] = m2;
+    }
+  return all;
+}
+
 // Runs `cases` random cases of f for every instruction set of this machine.
 inline void for_each_case(const char* name, int cases, const std::function<void(const std::string&)>& f) {
   for (int isa = 0; isa < cpu_isa_count(); ++isa) {

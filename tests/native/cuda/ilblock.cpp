@@ -1,4 +1,5 @@
-// The fused ILBlock against its three layers, which have their own tests: in float64 both agree to the last digits.
+// The fused ILBlock against its three layers, which have their own tests: in float64 both agree to the last digits. And
+// its first layer as it trains, with the moments of its result.
 #include "check.h"
 #include "cuda/kernels.h"
 
@@ -20,6 +21,10 @@ GOctConvShape random_shape() {
   shape.out.batch = shape.in.batch;
   shape.out.height = shape.in.height / shape.stride, shape.out.width = shape.in.width / shape.stride;
   return shape;
+}
+
+size_t workspace_values(const GOctConvShape& shape) {
+  return static_cast<size_t>(cuda::goctconv_measured_workspace(shape)) / sizeof(double);
 }
 
 }  // namespace
@@ -45,6 +50,13 @@ void test_ilblock(int cases) {
         cuda::depthwise(type, depthwise, in(second), weights[2], biases[2], slopes[2], false, out(expected), nullptr));
     expect_done(cuda::ilblock(type, shape, in(xs), in(weights), in(biases), in(slopes), out(found), nullptr));
     expect_equal(name, found.values(), expected.values(), 1e-13);
+
+    Maps<T> plain(shape.out, NAN), measured(shape.out, NAN), tiles({Values(workspace_values(shape), NAN)});
+    Maps<T> moments({Values(static_cast<size_t>(2 * shape.out.batch * n), NAN)});
+    expect_done(cuda::goctconv(type, shape, in(xs), weights[0], nullptr, nullptr, out(plain), nullptr));
+    expect_done(cuda::goctconv_measured(type, shape, in(xs), weights[0], out(measured), moments[0], tiles[0], nullptr));
+    expect_equal(name + " measured", measured.values(), plain.values(), 0);
+    expect_equal(name + " moments", moments.values(), {moments_of(shape.out, plain.values())}, 1e-11);
   });
 }
 

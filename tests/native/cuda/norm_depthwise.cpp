@@ -16,22 +16,6 @@ cuda::Pointers in(Maps<T>& maps) { return reinterpret_cast<cuda::Pointers>(maps.
 cuda::MutablePointers out(Maps<T>& maps) { return reinterpret_cast<cuda::MutablePointers>(maps.write()); }
 Maps<T> empty(int64_t n) { return Maps<T>({Values(static_cast<size_t>(n), NAN)}); }
 
-// [channel][sample]: mean and Σ (x - mean)² of every plane.
-Values moments_of(const Pyramid& maps, const std::vector<Values>& xs) {
-  Values all(static_cast<size_t>(2 * maps.batch * maps.total()));
-  for (int s = 0; s < maps.scales; ++s)
-    for (int64_t plane = 0; plane < maps.batch * maps.channels[s]; ++plane) {
-      const T* x = xs[static_cast<size_t>(s)].data() + plane * maps.area(s);
-      double mean = 0, m2 = 0;
-      for (int64_t i = 0; i < maps.area(s); ++i) mean += x[i] / static_cast<double>(maps.area(s));
-      for (int64_t i = 0; i < maps.area(s); ++i) m2 += (x[i] - mean) * (x[i] - mean);
-      const int64_t channel = maps.begin(s) + plane % maps.channels[s], sample = plane / maps.channels[s];
-      all[static_cast<size_t>(2 * (channel * maps.batch + sample))] = mean;
-      all[static_cast<size_t>(2 * (channel * maps.batch + sample) + 1)] = m2;
-    }
-  return all;
-}
-
 }  // namespace
 
 void test_norm_depthwise(int cases) {
