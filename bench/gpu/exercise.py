@@ -15,6 +15,7 @@ from sodfast.ops import (
     goctconv,
     goctconv_depthwise,
     goctconv_dilated,
+    goctconv_measured,
     goctconv_norm_act,
     goctconv_norm_depthwise,
     goctconv_update_stats_,
@@ -51,6 +52,9 @@ def main() -> None:
                 weight = tensor(n, total, kernel, kernel, dtype=dtype)
                 large = (size[0] * stride, size[1] * stride)
                 differentiate(goctconv(maps(channels, large, dtype), weight, outs, stride))
+                ys, moments = goctconv_measured(maps(channels, large, dtype), weight, outs, stride)
+                differentiate(ys)
+                assert moments.isfinite().all()
                 with torch.no_grad():
                     vectors = tensor(n, dtype=dtype), tensor(n, dtype=dtype)
                     goctconv(maps(channels, large, dtype), weight, outs, stride, *vectors)
