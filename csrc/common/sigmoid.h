@@ -8,27 +8,30 @@
 namespace sodfast {
 namespace {
 
-// 2^n from round(n) + 1.5 · 2^23, whose low bits are the integer n; and the quotient.
+// times_power_of_two(e, shifted): e · 2^n for n = shifted - 1.5 · 2^23, an integer that shifted's low bits hold too; 0
+// for n below -126. And the quotient.
 #if defined(__AVX512VL__)
-inline Vec<float> power_of_two(Vec<float> n) {
-  return _mm512_castsi512_ps(
-      _mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(n.v), 23), _mm512_set1_epi32(127 << 23)));
+inline Vec<float> times_power_of_two(Vec<float> e, Vec<float> shifted) {
+  const Vec<float> n = shifted - Vec<float>(12582912.0f);
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-127.0f), _CMP_NLE_UQ), e.v, n.v);
 }
 inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return _mm512_div_ps(a.v, b.v); }
 #elif defined(__AVX2__)
-inline Vec<float> power_of_two(Vec<float> n) {
-  return _mm256_castsi256_ps(
-      _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(n.v), 23), _mm256_set1_epi32(127 << 23)));
+inline Vec<float> times_power_of_two(Vec<float> e, Vec<float> shifted) {
+  const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
+  return e * Vec<float>(_mm256_castsi256_ps(_mm256_add_epi32(n, _mm256_set1_epi32(127 << 23))));
 }
 inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return _mm256_div_ps(a.v, b.v); }
 #elif defined(__SSE4_2__)
-inline Vec<float> power_of_two(Vec<float> n) {
-  return _mm_castsi128_ps(_mm_add_epi32(_mm_slli_epi32(_mm_castps_si128(n.v), 23), _mm_set1_epi32(127 << 23)));
+inline Vec<float> times_power_of_two(Vec<float> e, Vec<float> shifted) {
+  const __m128i n = _mm_slli_epi32(_mm_castps_si128(shifted.v), 23);
+  return e * Vec<float>(_mm_castsi128_ps(_mm_add_epi32(n, _mm_set1_epi32(127 << 23))));
 }
 inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return _mm_div_ps(a.v, b.v); }
 #else
-inline Vec<float> power_of_two(Vec<float> n) {
-  return vreinterpretq_f32_s32(vaddq_s32(vshlq_n_s32(vreinterpretq_s32_f32(n.v), 23), vdupq_n_s32(127 << 23)));
+inline Vec<float> times_power_of_two(Vec<float> e, Vec<float> shifted) {
+  const int32x4_t n = vshlq_n_s32(vreinterpretq_s32_f32(shifted.v), 23);
+  return e * Vec<float>(vreinterpretq_f32_s32(vaddq_s32(n, vdupq_n_s32(127 << 23))));
 }
 inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return vdivq_f32(a.v, b.v); }
 #endif
@@ -37,18 +40,17 @@ inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return vdivq_f32(a.v, 
 inline Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
   // e^x = 2^n e^r, |r| ≤ ln 2 / 2.
-  x = where_greater(V(-88.0f), x, V(-88.0f), x);
+  x = max_or_second(V(-88.0f), x);
   const V shifted = fma(x, V(1.44269504f), V(12582912.0f)), n = shifted - V(12582912.0f);
   const V r = fma(n, V(2.12194440e-4f), fma(n, V(-0.693359375f), x));
-  // Taylor's series of degree 7: its rest is below 6e-9 there.
-  V e = fma(r, V(1.0f / 5040), V(1.0f / 720));
-  e = fma(e, r, V(1.0f / 120));
-  e = fma(e, r, V(1.0f / 24));
-  e = fma(e, r, V(1.0f / 6));
-  e = fma(e, r, V(0.5f));
+  // The polynomial of degree 6 whose largest relative error there is smallest: 1.9e-9.
+  V e = fma(r, V(1.38367945e-3f), V(8.37485678e-3f));
+  e = fma(e, r, V(4.16682288e-2f));
+  e = fma(e, r, V(1.66664198e-1f));
+  e = fma(e, r, V(4.99999911e-1f));
   e = fma(e, r, V(1.0f));
   e = fma(e, r, V(1.0f));
-  return e * power_of_two(shifted);
+  return times_power_of_two(e, shifted);
 }
 inline Vec<double> operator/(Vec<double> a, Vec<double> b) { return a.v / b.v; }
 inline Vec<double> exp(Vec<double> x) { return std::exp(x.v); }

@@ -1,12 +1,14 @@
 // The sums behind the weight of dynamic distillation, and its loss with the gradient.
 //
-// With e = exp(-|x|), sigmoid(|x|) = 1 / (1 + e) and 1 - sigmoid(|x|) = e / (1 + e): exact in both tails. With
-// x⁺ = max(x, 0), x⁻ = max(-x, 0) and l(x) = log(1 + exp(-|x|)) the losses of a pixel are, for z, t the logits over T,
+// With e = exp(-|x|), sigmoid(|x|) = 1 / (1 + e) and 1 - sigmoid(|x|) = e / (1 + e): exact in both tails. With z, t the
+// logits over T and l(x) = log(1 + exp(-|x|)), turned so that the teacher says yes (a = ±z with t's sign, u = 1 -
+// sigmoid(|t|), which leaves the divergence as it is), the losses of a pixel are
 //
-//   KL = (1 - p)(z⁺ - t⁺) + p (z⁻ - t⁻) + l(z) - l(t)           CE = (1 - g) x⁺ + g x⁻ + l(x)
+//   KL = max(-a, 0) + u (a - |t|) + l(z) - l(t)           CE = max(x, 0) - g x + l(x)
 //
 // and no number there is larger than the logits. The sum of the l's of a block of pixels is one logarithm of a product.
-// Per pixel: sums 2 exponentials and divisions, loss 3 of each, against three reads (and the gradient's write).
+// Per pixel: sums 2 exponentials and divisions, loss 3 of each, against three reads (and the gradient's write). The
+// arithmetic is the time, so each formula is the one with the fewest operations.
 #include "common/scratch.h"
 #include "common/sigmoid.h"
 #include "cpu/table.h"
@@ -17,7 +19,7 @@ namespace {
 
 // Pixels are taken in blocks; their sums, in float64, are added up in order, whoever made them.
 template <class T>
-constexpr int64_t block = 64 * Vec<T>::lanes;
+constexpr int64_t block = 120 * Vec<T>::lanes;
 
 // Calls f(image, first pixel, count, number of the block) for the blocks of each task.
 template <class T, class F>
@@ -42,18 +44,21 @@ void add_blocks(const DkdShape& shape, int numbers, const double* blocks, double
     }
 }
 
-// sigmoid(x) and what belongs to it.
+// Of |x|: exp(-|x|), sigmoid(|x|) and 1 - sigmoid(|x|).
 template <class T>
 struct Logistic {
-  Vec<T> e, p, not_p, above, below;  // exp(-|x|), sigmoid(x), 1 - sigmoid(x), x⁺, x⁻
-  explicit Logistic(Vec<T> x) {
-    const Vec<T> zero(T(0)), one(T(1)), minus = zero - x;
-    e = exp(where_greater(x, zero, minus, x));
-    const Vec<T> large = one / (one + e), small = e * large;
-    p = where_greater(x, zero, large, small), not_p = where_greater(x, zero, small, large);
-    above = where_greater(x, zero, x, zero), below = where_greater(x, zero, zero, minus);
+  Vec<T> e, large;
+  explicit Logistic(Vec<T> minus_abs) {
+    const Vec<T> one(T(1));
+    e = exp(minus_abs), large = one / (one + e);
   }
+  Vec<T> small() const { return e * large; }
 };
+
+template <class T>
+Vec<T> minus_abs(Vec<T> x) {
+  return min_or_second(x, Vec<T>(T(0)) - x);
+}
 
 template <class T>
 Vec<T> first_of(Vec<T> a, int64_t count) {
@@ -64,16 +69,17 @@ Vec<T> first_of(Vec<T> a, int64_t count) {
 template <class T>
 struct LogSum {
   Vec<T> product{T(0)};
-  void add(Vec<T> e) { product = fma(product, e, product + e); }  // e ≤ 1: a lane stays below 2^64
+  void add(Vec<T> e) { product = fma(product, Vec<T>(T(1)) + e, e); }  // e ≤ 1: a lane stays below 2^120
   double value() const {
+    constexpr int chains = Vec<T>::lanes < 4 ? 1 : 4;
     T lane[Vec<T>::lanes];
     product.store(lane);
-    double all = 0, logs = 0;
-    for (const T x : lane) {
-      all += x + all * x;
-      if (all > 1e200) logs += std::log1p(all), all = 0;
-    }
-    return logs + std::log1p(all);
+    double part[chains] = {};  // each of at most 4 lanes: below 2^480
+    for (int64_t i = 0; i < Vec<T>::lanes; i += chains)
+      for (int k = 0; k < chains; ++k) part[k] += lane[i + k] + part[k] * lane[i + k];
+    double logs = 0;
+    for (const double x : part) logs += std::log1p(x);
+    return logs;
   }
 };
 
@@ -84,14 +90,17 @@ void dkd_sums(const DkdShape& shape, const T* student, const T* teacher, const T
   for_each_block<T>(shape, 24, parallel, [&](int64_t image, int64_t first, int64_t count, int64_t number) {
     const int64_t start = image * shape.pixels + first;
     const T* const maps[2] = {student + start, teacher + start};
-    const Vec<T> one(T(1));
-    Vec<T> together[2] = {T(0), T(0)}, apart[2] = {T(0), T(0)};
-    for_each_vector<T>(count, [&](int64_t x, int64_t n) {
-      const Vec<T> g = load(truth + start + x, n), not_g = one - g;
-      for (int i = 0; i < 2; ++i) {
-        const Logistic<T> s(load(maps[i] + x, n));
-        together[i] = fma(s.p, g, together[i]);
-        apart[i] = apart[i] + first_of(fma(s.p, not_g, s.not_p * g), n);
+    const Vec<T> one(T(1)), zero(T(0));
+    Vec<T> together[2] = {zero, zero}, apart[2] = {zero, zero};
+    for_each_vector<T>(count, [&](int64_t i, int64_t n) {
+      const Vec<T> g = load(truth + start + i, n), not_g = one - g;
+      for (int k = 0; k < 2; ++k) {
+        const Vec<T> x = load(maps[k] + i, n);
+        const Logistic<T> s(minus_abs(x));
+        // What the truth has of the value that the map takes for likely, and of the other.
+        const Vec<T> right = where_greater(x, zero, g, not_g), wrong = where_greater(x, zero, not_g, g);
+        together[k] = fma(where_greater(x, zero, s.large, s.small()), g, together[k]);
+        apart[k] = fma(first_of(s.large, n), fma(s.e, right, wrong), apart[k]);
       }
     });
     double* to = blocks.data() + 4 * number;
@@ -112,18 +121,24 @@ void dkd_loss(const DkdShape& shape, const T* student, const T* teacher, const T
   for_each_block<T>(shape, 40, parallel, [&](int64_t image, int64_t first, int64_t count, int64_t number) {
     const int64_t start = image * shape.pixels + first;
     const double weight = static_cast<double>(theta[image]);
-    const Vec<T> one(T(1)), zero(T(0)), per_t(static_cast<T>(1 / temperature)),
+    const Vec<T> zero(T(0)), per_t(static_cast<T>(1 / temperature)),
         kl_weight(static_cast<T>(weight * kl_factor / temperature / pixels)),
-        ce_weight(static_cast<T>((1 - weight) / pixels));
+        minus_kl_weight = zero - kl_weight, ce_weight(static_cast<T>((1 - weight) / pixels));
     LogSum<T> of_student, of_teacher, of_map;
     Vec<T> kl(zero), ce(zero);
-    for_each_vector<T>(count, [&](int64_t x, int64_t n) {
-      const Vec<T> logit = load(student + start + x, n), g = load(truth + start + x, n);
-      const Logistic<T> map(logit), q(logit * per_t), p(load(teacher + start + x, n) * per_t);
+    for_each_vector<T>(count, [&](int64_t i, int64_t n) {
+      const Vec<T> x = load(student + start + i, n), g = load(truth + start + i, n), z = x * per_t,
+                   t = load(teacher + start + i, n) * per_t, below_t = minus_abs(t);
+      const Logistic<T> map(minus_abs(x)), q(minus_abs(z)), p(below_t);
       of_student.add(first_of(q.e, n)), of_teacher.add(first_of(p.e, n)), of_map.add(first_of(map.e, n));
-      kl = kl + fma(p.not_p, q.above - p.above, p.p * (q.below - p.below));
-      ce = ce + fma(one - g, map.above, g * map.below);
-      if (gradient != nullptr) store(fma(kl_weight, q.p - p.p, ce_weight * (map.p - g)), gradient + start + x, n);
+      const Vec<T> along = where_greater(t, zero, z, zero - z), u = p.small();
+      kl = kl + fma(u, along + below_t, max_or_second(zero, zero - along));
+      ce = ce + fma(g, zero - x, max_or_second(zero, x));
+      if (gradient == nullptr) return;
+      const Vec<T> v = q.small(), difference = where_greater(along, zero, u - v, v - p.large);
+      const Vec<T> sigma = where_greater(x, zero, map.large, map.small());
+      store(fma(where_greater(t, zero, kl_weight, minus_kl_weight), difference, ce_weight * (sigma - g)),
+            gradient + start + i, n);
     });
     double* to = blocks.data() + 2 * number;
     to[0] = static_cast<double>(sum(kl)) + of_student.value() - of_teacher.value();

@@ -119,7 +119,7 @@ class DynamicDistillationLoss(nn.Module):
         if self.kl_mean == "pixels_and_classes":
             factor /= 2
         per_image = ops.dkd_loss(student, teacher, truth, theta, self.temperature, factor)
-        loss = per_image.sum() / max(len(per_image), 1)
+        loss = per_image.mean() if len(per_image) else per_image.sum()
         return DynamicDistillation(loss, theta, alpha, beta)
 
     def _theta(self, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -141,8 +141,9 @@ class DynamicDistillationLoss(nn.Module):
 
 def _alpha_beta(sums: Tensor) -> tuple[Tensor, Tensor]:
     """The teacher's IoU and one minus the student's, from the sums of ops.dkd_sums."""
-    union = sums.sum(2)
+    student_right, student_wrong, teacher_right, teacher_wrong = sums.flatten(1).unbind(1)
+    student_all, teacher_all = student_right + student_wrong, teacher_right + teacher_wrong
     # Of nothing and nothing: no error, so an IoU of 1.
-    iou = (sums[:, 1, 0] / union[:, 1]).masked_fill(union[:, 1] == 0, 1.0)
-    error = (sums[:, 0, 1] / union[:, 0]).masked_fill(union[:, 0] == 0, 0.0)
+    iou = (teacher_right / teacher_all).masked_fill(teacher_all == 0, 1.0)
+    error = (student_wrong / student_all).masked_fill(student_all == 0, 0.0)
     return iou, error
