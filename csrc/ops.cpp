@@ -87,8 +87,10 @@ STABLE_TORCH_LIBRARY(sodfast, m) {
   m.def("structure_polishing_sums(Tensor logits, Tensor truth, int k) -> Tensor");
   m.def("structure_polishing_sums_backward(Tensor grad, Tensor logits, Tensor truth, int k) -> Tensor");
 
-  // (B, 2, 2): per image, of p = sigmoid(student_logits) and of the teacher's, Σ p g and Σ (p (1 - g) + (1 - p) g).
-  m.def("dkd_sums(Tensor student_logits, Tensor teacher_logits, Tensor truth) -> Tensor");
+  // θ, α and β of dynamic distillation, each (B,); a threshold below 0 is none.
+  m.def(
+      "dkd_theta(Tensor student_logits, Tensor teacher_logits, Tensor truth, float p, float threshold, "
+      "float epsilon) -> (Tensor, Tensor, Tensor)");
   // (B,), per image the mean of theta · kl_factor · KL + (1 - theta) · CE; and its gradient to student_logits, or (0,).
   m.def(
       "dkd_loss(Tensor student_logits, Tensor teacher_logits, Tensor truth, Tensor theta, float temperature, "

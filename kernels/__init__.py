@@ -12,7 +12,7 @@ from .boundary import (
     structure_polishing_sums_backward,
 )
 from .decay import adam_decay_, decay_
-from .dkd import dkd_loss, dkd_loss_backward, dkd_sums
+from .dkd import dkd_loss, dkd_loss_backward, dkd_theta
 from .goctconv import goctconv, goctconv_grad_input, goctconv_grad_weight
 from .goctconv_depthwise import (
     goctconv_depthwise,
@@ -38,7 +38,7 @@ __all__ = [
     "decay_",
     "dkd_loss",
     "dkd_loss_backward",
-    "dkd_sums",
+    "dkd_theta",
     "goctconv",
     "goctconv_depthwise",
     "goctconv_depthwise_grad_input",

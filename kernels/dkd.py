@@ -1,4 +1,4 @@
-"""The sums behind the weight of dynamic distillation, and its loss with the gradient.
+"""The weight of dynamic distillation, and its loss with the gradient.
 
 The formulas are those of csrc/cpu/dkd.cpp: with e = exp(-|x|) nothing cancels in either tail. A
 program takes a part of one image's pixels, block by block; the parts' sums are added in their
@@ -73,6 +73,37 @@ def _sums(student, teacher, truth, partials, pixels, images, BLOCK: tl.constexpr
 
 
 @triton.jit
+def _power(x, p):
+    """x^p for x from 0 on, as pow has it: 0^0 is 1."""
+    return tl.where(
+        p == 0, 1.0, tl.where(x == 0, 0.0, tl.exp(p * tl.log(tl.where(x == 0, 1.0, x))))
+    )
+
+
+@triton.jit
+def _weigh(partials, theta, alpha, beta, images, parts, p, threshold, epsilon):
+    """θ, α and β of an image from its parts' sums, added in their order."""
+    image = tl.program_id(0)
+    both_s, apart_s, both_t, apart_t = 0.0, 0.0, 0.0, 0.0
+    for part in range(parts):
+        at = partials + (part * images + image) * 4
+        both_s += tl.load(at)
+        apart_s += tl.load(at + 1)
+        both_t += tl.load(at + 2)
+        apart_t += tl.load(at + 3)
+    # Of nothing and nothing the IoU is 1.
+    all_s, all_t = both_s + apart_s, both_t + apart_t
+    a = tl.where(all_t == 0, 1.0, both_t / tl.where(all_t == 0, 1.0, all_t))
+    b = tl.where(all_s == 0, 0.0, apart_s / tl.where(all_s == 0, 1.0, all_s))
+    mean = _power(a, p) * _power(b, 1 - p)
+    e = tl.exp(-2 * mean)
+    tanh = tl.where(mean < 0.02, mean - mean * mean * mean / 3, (1 - e) / (1 + e))
+    tl.store(theta + image, tl.where(a <= threshold, epsilon, tanh).to(theta.dtype.element_ty))
+    tl.store(alpha + image, a.to(alpha.dtype.element_ty))
+    tl.store(beta + image, b.to(beta.dtype.element_ty))
+
+
+@triton.jit
 def _loss(student, teacher, truth, theta, gradient, partials, pixels, images, temperature,
           kl_factor, BLOCK: tl.constexpr):  # fmt: skip
     image, part = tl.program_id(0), tl.program_id(1)
@@ -128,16 +159,29 @@ def _grid(x: Tensor) -> tuple[int, int]:
     return x.shape[0], count_parts(x.shape[0], triton.cdiv(area(x), _BLOCK))
 
 
-def dkd_sums(student_logits: Tensor, teacher_logits: Tensor, truth: Tensor) -> Tensor:
-    """See :func:`sodfast.ops.dkd_sums`."""
-    maps = _maps("dkd_sums", student_logits, teacher_logits, truth)
+def dkd_theta(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    truth: Tensor,
+    p: float,
+    threshold: float,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`sodfast.ops.dkd_theta`; a threshold below 0 is none."""
+    op = "dkd_theta"
+    maps = _maps(op, student_logits, teacher_logits, truth)
+    check(0 <= p <= 1, op, f"p must be in 0–1, got {p}")
+    check(threshold <= 1, op, f"threshold must be at most 1, got {threshold}")
+    check(0 <= epsilon <= 1, op, f"epsilon must be in 0–1, got {epsilon}")
     images, parts = _grid(maps[0])
-    sums = maps[0].new_empty((images, 2, 2))
+    theta, alpha, beta = (maps[0].new_empty(images) for _ in range(3))
     if images:
         partials = maps[0].new_empty((parts, images * 4), dtype=torch.float32)
         _sums[(images, parts)](*maps, partials, area(maps[0]), images, BLOCK=_BLOCK)
-        sum_parts(partials, [sums])
-    return sums
+        _weigh[(images,)](
+            partials, theta, alpha, beta, images, parts, float(p), float(threshold), float(epsilon)
+        )
+    return theta, alpha, beta
 
 
 def dkd_loss(

@@ -24,7 +24,7 @@ OPS = (
     "goctconv", "goctconv_grad_input", "goctconv_grad_weight", "goctconv_depthwise",
     "goctconv_depthwise_grad_input", "goctconv_depthwise_grad_weight", "goctconv_dilated",
     "goctconv_dilated_grad_input", "goctconv_dilated_grad_weight", "goctconv_norm_act",
-    "goctconv_norm_act_backward", "goctconv_update_stats_", "decay_", "adam_decay_", "dkd_sums",
+    "goctconv_norm_act_backward", "goctconv_update_stats_", "decay_", "adam_decay_", "dkd_theta",
     "dkd_loss", "dkd_loss_backward", "scfm", "scfm_backward", "boundary", "boundary_backward",
     "structure_polishing_sums", "structure_polishing_sums_backward", "ilblock",
     "goctconv_measured", "goctconv_norm_depthwise", "goctconv_norm_depthwise_backward",

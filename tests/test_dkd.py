@@ -36,7 +36,7 @@ from op_cases import (
 from torch import Tensor
 
 import sodfast
-from sodfast.ops import dkd_loss, dkd_loss_reference, dkd_sums, dkd_sums_reference
+from sodfast.ops import dkd_loss, dkd_loss_reference, dkd_theta, dkd_theta_reference
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -49,6 +49,7 @@ class Case:
     kl_factor: float = 25.0
     layout: str = "contiguous"
     binary: bool = True  # the truth
+    p: float = 0.7
     seed: int = 0
 
     def maps(self) -> list[Tensor]:
@@ -73,9 +74,12 @@ class Case:
         pixels = self.size[2] * self.size[3]
         return [pixels * Source(self.seed + 2).uniform(self.size[0])]
 
-    def run_sums(self, function: Callable) -> Callable[[Tensors], list[Tensor]]:
+    def run_theta(self, function: Callable) -> Callable[[Tensors], list[Tensor]]:
+        """Without the threshold, at which rounding decides between two values."""
         _, *others = self.maps()
-        return lambda t: [function(x := t["student"][0], *[o.to(x.dtype) for o in others])]
+        return lambda t: list(
+            function(x := t["student"][0], *[o.to(x.dtype) for o in others], self.p, None)
+        )
 
     def run_loss(self, function: Callable) -> Callable[[Tensors], list[Tensor]]:
         others = [*self.maps()[1:], self.theta()]
@@ -86,9 +90,8 @@ class Case:
 
     def check(self) -> None:
         tensors, grads = self.tensors(), self.grads()
-        sums, loss = self.run_sums(dkd_sums), self.run_loss(dkd_loss)
-        terms = {"ys": self.size[2] * self.size[3]}
-        check_against_reference(sums, self.run_sums(dkd_sums_reference), tensors, grads, terms)
+        theta, loss = self.run_theta(dkd_theta), self.run_loss(dkd_loss)
+        check_against_reference(theta, self.run_theta(dkd_theta_reference), tensors, grads, {})
         check_against_reference(loss, self.run_loss(dkd_loss_reference), tensors, grads, {})
 
 
@@ -100,6 +103,7 @@ cases = st.builds(
     st.sampled_from([1.0, 25.0, 12.5, 0.0]),
     layouts,
     st.booleans(),
+    st.sampled_from([0.7, 0.0, 0.3, 1.0]),
     seeds,
 )
 
@@ -121,7 +125,7 @@ LARGE = [
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large(case: Case) -> None:
     case.check()
-    for run in (case.run_sums(dkd_sums), case.run_loss(dkd_loss)):
+    for run in (case.run_theta(dkd_theta), case.run_loss(dkd_loss)):
         assert_deterministic(run, case.tensors(), case.grads())
 
 
@@ -136,7 +140,7 @@ def test_gradcheck_of_the_compiled_op(size: tuple[int, ...], scale: float) -> No
             loss = dkd_loss(student.requires_grad_(), *others)
             (gradient,) = torch.autograd.grad(loss.sum(), student)
             assert loss.shape == (0,) and gradient.shape == size
-            assert dkd_sums(student, *others[:2]).shape == (0, 2, 2)
+            assert [x.shape for x in dkd_theta(student, *others[:2])] == [(0,)] * 3
         return
     check_gradcheck(lambda x: dkd_loss(x, *others, 2.0, 3.0), [student], ops)
 
@@ -150,12 +154,14 @@ def check_small_errors(running: Callable[[], AbstractContextManager], device: to
         truth = (Source(0).uniform(1, 1, 30, 47) > 0).float().to(device)
         student = right * (2 * truth - 1)
         with running():
-            sums = dkd_sums(student, student, truth)
+            _, alpha, beta = dkd_theta(student, student, truth)
             loss = dkd_loss(student, student, truth, torch.zeros(1, device=device))
         error = 1 / (1 + math.exp(right))
         ce = math.log1p(math.exp(-right))
-        for found in sums[0, :, 1].tolist():
-            assert found == pytest.approx(30 * 47 * error, rel=1e-5, abs=1e-30)
+        salient, wrong = truth.sum().item(), 30 * 47 * error
+        union = salient * (1 - error) + wrong
+        assert beta.item() == pytest.approx(wrong / union, rel=1e-5, abs=1e-30)
+        assert alpha.item() == pytest.approx(salient * (1 - error) / union, rel=1e-5)
         assert loss.item() == pytest.approx(ce, rel=1e-5, abs=1e-30)
 
 
@@ -172,18 +178,19 @@ def test_small_errors_keep_their_digits(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", instruction_sets())
 def test_sigmoids_and_logarithms_at_all_magnitudes(isa: str) -> None:
-    """One pixel per image, so that a sum is one value: 2e-6 of it, or 1e-37."""
+    """One pixel per image, so that a sum is one value: 2e-6 of it, or 1e-37. With a truth of 1
+    the IoU is the sigmoid."""
     x = torch.linspace(-120, 120, 24001).reshape(-1, 1, 1, 1)
     ones, none = torch.ones_like(x), torch.zeros(len(x))
     student = x.clone().requires_grad_()
     with sodfast.use_backend("cpu"), instruction_set(isa):
-        together, apart = dkd_sums(x, -x, ones)[:, 0].unbind(1)
+        _, alpha, beta = dkd_theta(x, x, ones)
         loss = dkd_loss(student, x, ones, none)
         (gradient,) = torch.autograd.grad(loss.sum(), student)
     wide = x.double().flatten()
     near = {"rtol": 2e-6, "atol": 1e-37}
-    torch.testing.assert_close(together.double(), wide.sigmoid(), **near)
-    torch.testing.assert_close(apart.double(), (-wide).sigmoid(), **near)
+    torch.testing.assert_close(alpha.double(), wide.sigmoid(), **near)
+    torch.testing.assert_close(beta.double(), (-wide).sigmoid(), **near)
     exact = -torch.nn.functional.logsigmoid(wide)
     torch.testing.assert_close(loss.detach().double(), exact, **near)
     torch.testing.assert_close(gradient.flatten().double(), -(-wide).sigmoid(), rtol=0, atol=1e-7)
@@ -200,9 +207,10 @@ def test_extreme_logits(backend: str, device: torch.device) -> None:
     torch.testing.assert_close(loss.detach().cpu(), torch.tensor([0.0, 2e3, 2e3, 0.0]))
     loss.sum().backward()
     torch.testing.assert_close(student.grad.flatten().cpu(), torch.tensor([0, 0.2, -0.2, 0]))
-    sums = dkd_sums(student, teacher, torch.ones_like(teacher)).cpu()
-    assert sums[:, 0].tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
-    assert sums[:, 1].tolist() == [[1, 0], [0, 1], [1, 0], [0, 1]]
+    found = dkd_theta(student, teacher, torch.ones_like(teacher))
+    theta, alpha, beta = (x.cpu() for x in found)
+    assert alpha.tolist() == [1, 0, 1, 0] and beta.tolist() == [0, 0, 1, 1]
+    assert theta.tolist() == pytest.approx([0, 0.01, math.tanh(1), 0.01])
 
 
 @pytest.mark.parametrize("which", range(4))
@@ -217,10 +225,10 @@ def test_nan_propagates_within_its_image(which: int, backend: str, device: torch
     assert not gradient[[0, 2]].isnan().any()
     assert gradient[1, 0, -1, -1].isnan() and gradient[1].isnan().all() == (which == 3)
     if which < 3:
-        sums = dkd_sums(*arguments[:3])
-        assert not sums[[0, 2]].isnan().any()
-        nan = [[which != 1] * 2, [which != 0] * 2]
-        assert sums[1].isnan().tolist() == nan
+        theta, alpha, beta = dkd_theta(*arguments[:3])
+        assert not torch.stack([theta, alpha, beta])[:, [0, 2]].isnan().any()
+        assert alpha[1].isnan().item() == (which != 0) and beta[1].isnan().item() == (which != 1)
+        assert theta[1].isnan() or (which == 0 and alpha[1] <= 0.5)
 
 
 def test_no_gradient_is_made_where_none_is_needed() -> None:
@@ -240,9 +248,22 @@ def test_no_gradient_is_made_where_none_is_needed() -> None:
         wanted[0].sum().backward()
 
 
-def test_the_sums_are_constants(backend: str, device: torch.device) -> None:
+def test_the_weight_is_a_constant(backend: str, device: torch.device) -> None:
     maps = [x.to(device).requires_grad_() for x in Case((2, 1, 5, 6)).maps()]
-    assert not dkd_sums(*maps).requires_grad
+    assert not any(x.requires_grad for x in dkd_theta(*maps))
+
+
+def test_the_threshold_takes_alpha_as_it_is_returned(backend: str, device: torch.device) -> None:
+    """An IoU of 3/5 is not above 0.6, in whatever dtype; without a threshold 0 is no bound."""
+    truth = torch.tensor([1.0, 1, 1, 1, 1, 0, 0], device=device).view(1, 1, 1, 7)
+    teacher = torch.tensor([1e4, 1e4, 1e4, -1e4, -1e4, -1e4, -1e4], device=device).view_as(truth)
+    student = torch.zeros_like(truth)
+    for threshold, kept in ((0.6, False), (0.59, True), (None, True), (1.0, False)):
+        theta, alpha, beta = dkd_theta(student, teacher, truth, 0.7, threshold, 0.02)
+        right = math.tanh(alpha.item() ** 0.7 * beta.item() ** 0.3) if kept else 0.02
+        assert theta.item() == pytest.approx(right) and alpha.item() == pytest.approx(0.6)
+    theta, alpha, _ = dkd_theta(student, -teacher, truth * (teacher > 0), 0.0, None)
+    assert alpha.item() == 0 and theta.item() > 0.3
 
 
 def test_images_do_not_mix(backend: str, device: torch.device) -> None:
@@ -251,23 +272,23 @@ def test_images_do_not_mix(backend: str, device: torch.device) -> None:
     singles = [[x[i : i + 1] for x in arguments] for i in range(3)]
     together, apart = dkd_loss(*arguments), [dkd_loss(*single) for single in singles]
     torch.testing.assert_close(together, torch.cat(apart))
-    apart = [dkd_sums(*single[:3]) for single in singles]
-    torch.testing.assert_close(dkd_sums(*arguments[:3]), torch.cat(apart))
+    weights = [torch.stack(dkd_theta(*single[:3])) for single in singles]
+    torch.testing.assert_close(torch.stack(dkd_theta(*arguments[:3])), torch.cat(weights, 1))
 
 
 # ---- torch --------------------------------------------------------------------------------------
 
 
 def test_the_reference_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    poison(monkeypatch, "dkd", ["dkd_sums_reference", "dkd_loss_reference"])
+    poison(monkeypatch, "dkd", ["dkd_theta_reference", "dkd_loss_reference"])
     student, *others = (*Case((1, 1, 8, 8)).maps(), torch.ones(1))
     student.requires_grad_()
     with sodfast.use_backend("cpu"):
-        dkd_sums(student, *others[:2])
+        dkd_theta(student, *others[:2])
         dkd_loss(student, *others).sum().backward()
     assert student.grad is not None
     with sodfast.use_backend("reference"):
-        for call in (lambda: dkd_sums(student, *others[:2]), lambda: dkd_loss(student, *others)):
+        for call in (lambda: dkd_theta(student, *others[:2]), lambda: dkd_loss(student, *others)):
             with pytest.raises(AssertionError, match="was called"):
                 call()
 
@@ -275,7 +296,7 @@ def test_the_reference_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compile_export_autocast_and_second_derivative() -> None:
     case = Case((2, 1, 12, 17))
     arguments = [*case.maps(), case.theta()]
-    check_autocast(dkd_sums, arguments[:3])
+    check_autocast(lambda *maps: torch.stack(dkd_theta(*maps)), arguments[:3])
     check_autocast(dkd_loss, arguments)
     check_second_derivative_is_refused(lambda x: dkd_loss(x, *arguments[1:]), arguments[:1])
     arguments[0].requires_grad_()
@@ -322,6 +343,19 @@ BAD_REST = {
     "negative factor": (ValueError, "kl_factor.*not -1", (w, 5.0, -1)),
     "infinite factor": (ValueError, "kl_factor.*not inf", (w, 5.0, math.inf)),
 }
+BAD_RULES = {
+    "p": ((1.5,), "p must be in 0–1, not 1.5"),
+    "no p": ((math.nan,), "p must be in 0–1, not nan"),
+    "threshold": ((0.7, -1.0), "threshold must be in 0–1, not -1.0"),
+    "epsilon": ((0.7, None, 2.0), "epsilon must be in 0–1, not 2.0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RULES)
+def test_a_bad_rule_is_refused(name: str) -> None:
+    rule, message = BAD_RULES[name]
+    with pytest.raises(ValueError, match=message):
+        dkd_theta(z8, z8, z8, *rule)
 
 
 @pytest.mark.parametrize("name", [*BAD_MAPS, *BAD_REST])
@@ -334,7 +368,7 @@ def test_bad_input_is_refused(name: str) -> None:
             return
         error, message, maps = BAD_MAPS[name]
         with pytest.raises(error, match=message):
-            dkd_sums(*maps)
+            dkd_theta(*maps)
         with pytest.raises(error, match=message):
             dkd_loss(*maps, w.to(maps[0].dtype))
 
@@ -342,7 +376,7 @@ def test_bad_input_is_refused(name: str) -> None:
 def sound_calls() -> Iterator[Call]:
     case = Case((2, 1, 9, 18), layout="sliced storage")
     maps, theta = tuple(case.maps()), case.theta()
-    yield "dkd_sums", maps
+    yield "dkd_theta", (*maps, 0.7, 0.5, 0.01)
     yield "dkd_loss", (*maps, theta, 5.0, 25.0, True)
     yield "dkd_loss_backward", (theta, maps[0])
 
@@ -365,7 +399,7 @@ def nonsense() -> Iterator[Call]:
         (z8.long(),) * 3,
         (z8.half(),) * 3,
     ):
-        yield "dkd_sums", maps
+        yield "dkd_theta", (*maps, 0.7, 0.5, 0.01)
         yield "dkd_loss", (*maps, w, 5.0, 1.0, True)
     for theta, temperature, factor in (
         (w[:1], 5.0, 1.0),
@@ -380,6 +414,17 @@ def nonsense() -> Iterator[Call]:
         (w, 5.0, math.inf),
     ):
         yield "dkd_loss", (z8, z8, z8, theta, temperature, factor, True)
+    for rule in (
+        (-0.1, 0.5, 0.01),
+        (1.1, 0.5, 0.01),
+        (math.nan, 0.5, 0.01),
+        (0.7, 1.1, 0.01),
+        (0.7, math.nan, 0.01),
+        (0.7, 0.5, -0.01),
+        (0.7, 0.5, 2.0),
+        (0.7, 0.5, math.nan),
+    ):
+        yield "dkd_theta", (z8, z8, z8, *rule)
     for grad, gradient in ((w[:1], z8), (w.double(), z8), (w, wide8), (w, z8[0]), (z8, z8)):
         yield "dkd_loss_backward", (grad, gradient)
     yield "dkd_loss_backward", (w, torch.zeros(0))  # what dkd_loss returns without gradient

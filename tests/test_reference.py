@@ -114,8 +114,10 @@ def test_dkd_is_its_formulas():
         return 1 / (1 + np.exp(-x.numpy()))
 
     maps = [sigmoid(x) for x in logits]
-    pairs = [[(p * g).sum((1, 2, 3)), (p + g - 2 * p * g).sum((1, 2, 3))] for p in maps]
-    assert_close([ops.dkd_sums_reference(*logits, truth)], [np.array(pairs).transpose(2, 0, 1)])
+    student, teacher = [(p * g).sum((1, 2, 3)) / (p + g - p * g).sum((1, 2, 3)) for p in maps]
+    weight_of = np.tanh(teacher**0.6 * (1 - student) ** 0.4)
+    expected = [np.where(teacher > 0.45, weight_of, 0.03), teacher, 1 - student]
+    assert_close(ops.dkd_theta_reference(*logits, truth, 0.6, 0.45, 0.03), expected)
     q, p = (sigmoid(x / 3) for x in logits)
     kl = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
     ce = -g * np.log(maps[0]) - (1 - g) * np.log(1 - maps[0])

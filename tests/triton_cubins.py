@@ -95,7 +95,7 @@ def layers(dtype: torch.dtype) -> None:
     kernels.goctconv_update_stats_(*norm[3:], mean, var, [20, 18], [6272, 1568], 0.1)
 
     logits, teacher, truth = maps(1)[0], maps(1)[0], maps(1)[0]
-    kernels.dkd_sums(logits, teacher, truth)
+    kernels.dkd_theta(logits, teacher, truth, 0.7, 0.5, 0.01)
     for with_gradient in (True, False):
         kernels.dkd_loss(logits, teacher, truth, bias[:2], 5.0, 25.0, with_gradient)
     kernels.dkd_loss_backward(bias[:2], logits)

@@ -11,7 +11,7 @@ from sodfast.ops import (
     boundary,
     decay_,
     dkd_loss,
-    dkd_sums,
+    dkd_theta,
     goctconv,
     goctconv_depthwise,
     goctconv_dilated,
@@ -96,7 +96,7 @@ def main() -> None:
             adam_decay_(layers, *copies, samples, 0.1, 0.01, 1)
             student, teacher = (maps((1,), (45, 67), dtype)[0] for _ in range(2))
             teacher, truth = teacher.detach(), teacher.detach().sigmoid()
-            assert dkd_sums(student, teacher, truth).isfinite().all()
+            assert torch.stack(dkd_theta(student, teacher, truth)).isfinite().all()
             differentiate([dkd_loss(student, teacher, truth, truth[:, 0, 0, 0], 5.0, 25.0)])
             for side, small in (((40, 56), (20, 28)), ((37, 43), (5, 60)), ((9, 300), (3, 1))):
                 x, y = maps((3,), side, dtype)[0], maps((3,), small, dtype)[0]

@@ -1,4 +1,4 @@
-// torch.ops.sodfast.dkd_sums, dkd_loss and its gradient on CUDA.
+// torch.ops.sodfast.dkd_theta, dkd_loss and its gradient on CUDA.
 #include <tuple>
 
 #include "bind/cuda.h"
@@ -7,16 +7,20 @@
 namespace sodfast {
 namespace {
 
-Tensor dkd_sums(const Tensor& student, const Tensor& teacher, const Tensor& truth) {
-  const char* op = "dkd_sums";
+std::tuple<Tensor, Tensor, Tensor> dkd_theta(const Tensor& student, const Tensor& teacher, const Tensor& truth,
+                                             double p, double threshold, double epsilon) {
+  const char* op = "dkd_theta";
   const DkdMaps maps(op, student, teacher, truth);
-  const Tensor out = empty_for(student, {maps.shape.images, 2, 2});
+  const DkdRule rule = dkd_rule(op, p, threshold, epsilon);
+  const Tensor theta = empty_for(student, {maps.shape.images}), alpha = empty_for(student, {maps.shape.images}),
+               beta = empty_for(student, {maps.shape.images});
   const Tensor partial = workspace(student, cuda::dkd_workspace(maps.shape));
   on_device(op, student, [&](cudaStream_t stream) {
-    return cuda::dkd_sums(type_of(student), maps.shape, maps.student.const_data_ptr(), maps.teacher.const_data_ptr(),
-                          maps.truth.const_data_ptr(), out.mutable_data_ptr(), partial.mutable_data_ptr(), stream);
+    return cuda::dkd_theta(type_of(student), maps.shape, maps.student.const_data_ptr(), maps.teacher.const_data_ptr(),
+                           maps.truth.const_data_ptr(), rule, theta.mutable_data_ptr(), alpha.mutable_data_ptr(),
+                           beta.mutable_data_ptr(), partial.mutable_data_ptr(), stream);
   });
-  return out;
+  return {theta, alpha, beta};
 }
 
 std::tuple<Tensor, Tensor> dkd_loss(const Tensor& student, const Tensor& teacher, const Tensor& truth,
@@ -53,7 +57,7 @@ Tensor dkd_loss_backward(const Tensor& grad, const Tensor& gradient) {
 }  // namespace
 
 SODFAST_CUDA_LIBRARY(m) {
-  m.impl("dkd_sums", TORCH_BOX(&dkd_sums));
+  m.impl("dkd_theta", TORCH_BOX(&dkd_theta));
   m.impl("dkd_loss", TORCH_BOX(&dkd_loss));
   m.impl("dkd_loss_backward", TORCH_BOX(&dkd_loss_backward));
 }

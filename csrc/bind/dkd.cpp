@@ -1,4 +1,4 @@
-// torch.ops.sodfast.dkd_sums, dkd_loss and its gradient, on the CPU.
+// torch.ops.sodfast.dkd_theta, dkd_loss and its gradient, on the CPU.
 #include "bind/dkd.h"
 
 #include <tuple>
@@ -8,15 +8,19 @@
 namespace sodfast {
 namespace {
 
-Tensor dkd_sums(const Tensor& student, const Tensor& teacher, const Tensor& truth) {
-  const DkdMaps maps("dkd_sums", student, teacher, truth);
-  const Tensor out = empty_for(student, {maps.shape.images, 2, 2});
+std::tuple<Tensor, Tensor, Tensor> dkd_theta(const Tensor& student, const Tensor& teacher, const Tensor& truth,
+                                             double p, double threshold, double epsilon) {
+  const char* op = "dkd_theta";
+  const DkdMaps maps(op, student, teacher, truth);
+  const DkdRule rule = dkd_rule(op, p, threshold, epsilon);
+  const Tensor theta = empty_for(student, {maps.shape.images}), alpha = empty_for(student, {maps.shape.images}),
+               beta = empty_for(student, {maps.shape.images});
   for_dtype(student, [&](auto zero) {
     using T = decltype(zero);
-    kernels<T>().dkd_sums(maps.shape, read<T>(maps.student), read<T>(maps.teacher), read<T>(maps.truth), write<T>(out),
-                          torch_threads());
+    kernels<T>().dkd_theta(maps.shape, read<T>(maps.student), read<T>(maps.teacher), read<T>(maps.truth), rule,
+                           write<T>(theta), write<T>(alpha), write<T>(beta), torch_threads());
   });
-  return out;
+  return {theta, alpha, beta};
 }
 
 std::tuple<Tensor, Tensor> dkd_loss(const Tensor& student, const Tensor& teacher, const Tensor& truth,
@@ -52,7 +56,7 @@ Tensor dkd_loss_backward(const Tensor& grad, const Tensor& gradient) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sodfast, CPU, m) {
-  m.impl("dkd_sums", TORCH_BOX(&dkd_sums));
+  m.impl("dkd_theta", TORCH_BOX(&dkd_theta));
   m.impl("dkd_loss", TORCH_BOX(&dkd_loss));
   m.impl("dkd_loss_backward", TORCH_BOX(&dkd_loss_backward));
 }

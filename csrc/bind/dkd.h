@@ -28,6 +28,13 @@ struct DkdMaps {
   }
 };
 
+inline DkdRule dkd_rule(const char* op, double p, double threshold, double epsilon) {
+  check(p >= 0 && p <= 1, op, "p must be in 0–1");
+  check(threshold <= 1, op, "threshold must be at most 1");
+  check(epsilon >= 0 && epsilon <= 1, op, "epsilon must be in 0–1");
+  return {p, threshold, epsilon};
+}
+
 inline void check_dkd_numbers(const char* op, double temperature, double kl_factor) {
   check(temperature > 0 && std::isfinite(temperature), op, "temperature must be above 0 and finite");
   check(kl_factor >= 0 && std::isfinite(kl_factor), op, "kl_factor must be finite and from 0 on");

@@ -71,5 +71,9 @@ struct BoundaryShape {
 struct DkdShape {
   int64_t images = 0, pixels = 0;
 };
+// How the distillation is weighted; a threshold below 0 is none.
+struct DkdRule {
+  double p = 0.7, threshold = 0.5, epsilon = 0.01;
+};
 
 }  // namespace sodfast

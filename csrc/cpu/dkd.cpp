@@ -1,4 +1,4 @@
-// The sums behind the weight of dynamic distillation, and its loss with the gradient.
+// The weight of dynamic distillation, and its loss with the gradient.
 //
 // With e = exp(-|x|), sigmoid(|x|) = 1 / (1 + e) and 1 - sigmoid(|x|) = e / (1 + e): exact in both tails. With z, t the
 // logits over T and l(x) = log(1 + exp(-|x|)), turned so that the teacher says yes (a = ±z with t's sign, u = 1 -
@@ -9,6 +9,7 @@
 // and no number there is larger than the logits. The sum of the l's of a block of pixels is one logarithm of a product.
 // Per pixel: sums 2 exponentials and divisions, loss 3 of each, against three reads (and the gradient's write). The
 // arithmetic is the time, so each formula is the one with the fewest operations.
+#include "common/dkd.h"
 #include "common/scratch.h"
 #include "common/sigmoid.h"
 #include "cpu/table.h"
@@ -84,8 +85,8 @@ struct LogSum {
 };
 
 template <class T>
-void dkd_sums(const DkdShape& shape, const T* student, const T* teacher, const T* truth, T* sums,
-              const Parallel& parallel) {
+void dkd_theta(const DkdShape& shape, const T* student, const T* teacher, const T* truth, const DkdRule& rule, T* theta,
+               T* alpha, T* beta, const Parallel& parallel) {
   Heap<double> blocks(4 * shape.images * (shape.pixels / block<T> + 1)), totals(4 * shape.images);
   for_each_block<T>(shape, 24, parallel, [&](int64_t image, int64_t first, int64_t count, int64_t number) {
     const int64_t start = image * shape.pixels + first;
@@ -110,7 +111,11 @@ void dkd_sums(const DkdShape& shape, const T* student, const T* teacher, const T
     }
   });
   add_blocks<T>(shape, 4, blocks.data(), totals.data());
-  for (int64_t i = 0; i < 4 * shape.images; ++i) sums[i] = static_cast<T>(totals.data()[i]);
+  for (int64_t i = 0; i < shape.images; ++i) {
+    const double* total = totals.data() + 4 * i;
+    const DkdWeight<T> weight(rule, {total[0], total[1]}, {total[2], total[3]});
+    theta[i] = weight.theta, alpha[i] = weight.alpha, beta[i] = weight.beta;
+  }
 }
 
 template <class T>
@@ -165,7 +170,7 @@ void dkd_loss_backward(const DkdShape& shape, const T* g, const T* gradient, T* 
 
 template <class T>
 void add_dkd(Kernels<T>& table) {
-  table.dkd_sums = dkd_sums<T>;
+  table.dkd_theta = dkd_theta<T>;
   table.dkd_loss = dkd_loss<T>;
   table.dkd_loss_backward = dkd_loss_backward<T>;
 }

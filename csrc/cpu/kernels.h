@@ -76,8 +76,9 @@ struct Kernels {
   void (*structure_polishing_sums_backward)(const BoundaryShape&, const T* g, const T* logits, const T* truth,
                                             T* glogits, const Parallel&);
 
-  // sums: [images, 2, 2], of p = sigmoid(student) and of p = sigmoid(teacher): Σ p g and Σ p (1 - g) + (1 - p) g.
-  void (*dkd_sums)(const DkdShape&, const T* student, const T* teacher, const T* truth, T* sums, const Parallel&);
+  // theta, alpha, beta: [images], see common/dkd.h.
+  void (*dkd_theta)(const DkdShape&, const T* student, const T* teacher, const T* truth, const DkdRule&, T* theta,
+                    T* alpha, T* beta, const Parallel&);
   // loss: [images], θ f KL + (1 - θ) CE, means over pixels; gradient: its own to the student, or null. theta: [images].
   void (*dkd_loss)(const DkdShape&, const T* student, const T* teacher, const T* truth, const T* theta,
                    double temperature, double kl_factor, T* loss, T* gradient, const Parallel&);

@@ -1,4 +1,4 @@
-// The sums behind the weight of dynamic distillation, and its loss with the gradient. The formulas are those of
+// The weight of dynamic distillation, and its loss with the gradient. The formulas are those of
 // csrc/cpu/dkd.cpp: with e = exp(-|x|) nothing cancels in either tail.
 //
 // A block takes 2048 pixels of one image and writes their sums, in float64; a second launch, a block per image, adds
@@ -7,6 +7,7 @@
 // time: the four launches are the time.
 #include <cmath>
 
+#include "common/dkd.h"
 #include "cuda/reduce.h"
 
 namespace sodfast::cuda {
@@ -18,8 +19,9 @@ struct Arguments {
   DkdShape shape;
   int64_t slices;  // of an image
   const void *student, *teacher, *truth, *theta;
+  DkdRule rule;
   double temperature, kl_factor;
-  void *gradient, *result;
+  void *gradient, *result, *alpha, *beta;
   double* partial;  // [image][slice][numbers]
 };
 
@@ -61,14 +63,14 @@ __global__ void __launch_bounds__(threads) sum_maps(const __grid_constant__ Argu
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads) finish_sums(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(threads) weigh(const __grid_constant__ Arguments a) {
   double total[4];
   add_partials<warps>(a.partial, a.slices, total);
   if (threadIdx.x > 0) return;
-#pragma unroll
-  for (int k = 0; k < 4; ++k)
-    narrow(static_cast<typename Sum<T>::type>(total[k]),
-           static_cast<T*>(a.result)[4 * static_cast<int64_t>(blockIdx.x) + k]);
+  const DkdWeight<typename Sum<T>::type> weight(a.rule, {total[0], total[1]}, {total[2], total[3]});
+  narrow(weight.theta, static_cast<T*>(a.result)[blockIdx.x]);
+  narrow(weight.alpha, static_cast<T*>(a.alpha)[blockIdx.x]);
+  narrow(weight.beta, static_cast<T*>(a.beta)[blockIdx.x]);
 }
 
 template <class T>
@@ -129,14 +131,15 @@ int64_t dkd_workspace(const DkdShape& shape) {
   return 4 * static_cast<int64_t>(sizeof(double)) * shape.images * divide_up<int64_t>(shape.pixels, tile);
 }
 
-cudaError_t dkd_sums(Type type, const DkdShape& shape, const void* student, const void* teacher, const void* truth,
-                     void* sums, void* workspace, cudaStream_t stream) {
+cudaError_t dkd_theta(Type type, const DkdShape& shape, const void* student, const void* teacher, const void* truth,
+                      const DkdRule& rule, void* theta, void* alpha, void* beta, void* workspace, cudaStream_t stream) {
   Arguments a = arguments_of(shape);
-  a.student = student, a.teacher = teacher, a.truth = truth, a.result = sums;
+  a.student = student, a.teacher = teacher, a.truth = truth, a.rule = rule;
+  a.result = theta, a.alpha = alpha, a.beta = beta;
   a.partial = static_cast<double*>(workspace);
   return for_type(type, [&](auto zero) {
     using T = decltype(zero);
-    return launch_both(sum_maps<T>, finish_sums<T>, a, stream);
+    return launch_both(sum_maps<T>, weigh<T>, a, stream);
   });
 }
 

@@ -124,10 +124,10 @@ int64_t structure_polishing_sums_backward_workspace(Type, const BoundaryShape&);
 cudaError_t structure_polishing_sums_backward(Type, const BoundaryShape&, const void* gsums, const void* logits,
                                               const void* truth, void* glogits, void* workspace, cudaStream_t);
 
-// As in cpu/kernels.h; sums: [images, 2, 2], theta, loss and g: [images], gradient may be null.
+// As in cpu/kernels.h; theta, alpha, beta, loss and g: [images], gradient may be null.
 int64_t dkd_workspace(const DkdShape&);
-cudaError_t dkd_sums(Type, const DkdShape&, const void* student, const void* teacher, const void* truth, void* sums,
-                     void* workspace, cudaStream_t);
+cudaError_t dkd_theta(Type, const DkdShape&, const void* student, const void* teacher, const void* truth,
+                      const DkdRule&, void* theta, void* alpha, void* beta, void* workspace, cudaStream_t);
 cudaError_t dkd_loss(Type, const DkdShape&, const void* student, const void* teacher, const void* truth,
                      const void* theta, double temperature, double kl_factor, void* loss, void* gradient,
                      void* workspace, cudaStream_t);

@@ -113,8 +113,10 @@ class DynamicDistillationLoss(nn.Module):
         dtype = torch.promote_types(student_logits.dtype, torch.float32)
         student = student_logits.to(dtype)
         teacher, truth = (x.detach().to(dtype) for x in (teacher_logits, truth))
-        alpha, beta = _alpha_beta(ops.dkd_sums(student, teacher, truth))
-        theta = self._theta(alpha, beta)
+        rule = self.p, self.threshold, self.epsilon
+        theta, alpha, beta = ops.dkd_theta(student, teacher, truth, *rule)
+        if self.fixed_weight is not None:
+            theta = torch.full_like(alpha, self.fixed_weight)
         factor = self.temperature**2 if self.temperature_squared else 1.0
         if self.kl_mean == "pixels_and_classes":
             factor /= 2
@@ -122,28 +124,9 @@ class DynamicDistillationLoss(nn.Module):
         loss = per_image.mean() if len(per_image) else per_image.sum()
         return DynamicDistillation(loss, theta, alpha, beta)
 
-    def _theta(self, alpha: Tensor, beta: Tensor) -> Tensor:
-        if self.fixed_weight is not None:
-            return torch.full_like(alpha, self.fixed_weight)
-        theta = (alpha**self.p * beta ** (1 - self.p)).tanh()
-        # "Not above" leaves a NaN what it is.
-        return theta if self.threshold is None else theta.masked_fill(
-            alpha <= self.threshold, self.epsilon
-        )  # fmt: skip
-
     def extra_repr(self) -> str:
         return (
             f"p={self.p}, temperature={self.temperature}, threshold={self.threshold}, "
             f"epsilon={self.epsilon}, fixed_weight={self.fixed_weight}, "
             f"temperature_squared={self.temperature_squared}, kl_mean={self.kl_mean!r}"
         )
-
-
-def _alpha_beta(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """The teacher's IoU and one minus the student's, from the sums of ops.dkd_sums."""
-    student_right, student_wrong, teacher_right, teacher_wrong = sums.flatten(1).unbind(1)
-    student_all, teacher_all = student_right + student_wrong, teacher_right + teacher_wrong
-    # Of nothing and nothing: no error, so an IoU of 1.
-    iou = (teacher_right / teacher_all).masked_fill(teacher_all == 0, 1.0)
-    error = (student_wrong / student_all).masked_fill(student_all == 0, 0.0)
-    return iou, error

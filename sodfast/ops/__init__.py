@@ -11,7 +11,7 @@ from .boundary import (
     structure_polishing_sums_reference,
 )
 from .decay import adam_decay_, adam_decay_reference_, decay_, decay_reference_
-from .dkd import dkd_loss, dkd_loss_reference, dkd_sums, dkd_sums_reference
+from .dkd import dkd_loss, dkd_loss_reference, dkd_theta, dkd_theta_reference
 from .goctconv import (
     goctconv,
     goctconv_measured,
@@ -42,8 +42,8 @@ __all__ = [
     "decay_reference_",
     "dkd_loss",
     "dkd_loss_reference",
-    "dkd_sums",
-    "dkd_sums_reference",
+    "dkd_theta",
+    "dkd_theta_reference",
     "goctconv",
     "goctconv_depthwise",
     "goctconv_depthwise_reference",

@@ -24,7 +24,7 @@ OPS = frozenset(
         "_norm_act", "_norm_act_backward", "_update_stats_",
     )
 ) | {
-    "decay_", "adam_decay_", "dkd_sums", "dkd_loss", "dkd_loss_backward", "scfm", "scfm_backward",
+    "decay_", "adam_decay_", "dkd_theta", "dkd_loss", "dkd_loss_backward", "scfm", "scfm_backward",
     "boundary", "boundary_backward", "structure_polishing_sums",
     "structure_polishing_sums_backward",
 }  # fmt: skip

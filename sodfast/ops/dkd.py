@@ -1,4 +1,4 @@
-"""What the loss of dynamic distillation is made of: the sums behind its weight, and the loss."""
+"""What the loss of dynamic distillation is made of: its weight per image, and the loss."""
 
 import math
 from typing import Any
@@ -11,50 +11,83 @@ from . import _check
 from ._backend import choose, register
 
 
-def dkd_sums(student_logits: Tensor, teacher_logits: Tensor, truth: Tensor) -> Tensor:
-    r"""The sums behind the soft IoU of two networks' maps with the truth, in one pass.
+def dkd_theta(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    truth: Tensor,
+    p: float = 0.7,
+    threshold: float | None = 0.5,
+    epsilon: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""How much each image's distillation counts, and why, in one pass over the maps.
 
-    With p = sigmoid(logits) of a network and g = truth, per image and over its pixels
+    With m = sigmoid(logits) of a network and g = truth, per image and over its pixels, the soft
+    IoU of m and g is Σ mg / Σ (m + g - mg), and 1 where both are nothing but zeros. α is the
+    teacher's IoU (Eq. 1), β one minus the student's (Eq. 2), and
 
-    .. math:: I = \sum p g, \qquad D = \sum \left(p (1 - g) + (1 - p) g\right)
+    .. math:: \theta = \begin{cases} \tanh(\alpha^p \beta^{1-p}) & \alpha > \text{threshold} \
+                       \epsilon & \text{else} \end{cases} \quad (3, 6)
 
-    Then the IoU of Eq. 1 and 2 is I / (I + D), as I + D = Σ (p + g - pg), and one minus the IoU
-    is D / (I + D), without the cancellation that would drown the small error of a good network.
+    The student's error Σ (m (1 - g) + (1 - m) g) is summed, not subtracted from 1: the small
+    error of a good network keeps its digits.
     (Dynamic Knowledge Distillation With Noise Elimination for RGB-D SOD.)
 
     Args:
         student_logits: (B, 1, H, W).
         teacher_logits: (B, 1, H, W).
         truth: (B, 1, H, W), in [0, 1], soft or not.
+        p: the teacher's share in the geometric mean, 0 to 1.
+        threshold: noise elimination, 0 to 1; None: without, Eq. 3.
+        epsilon: θ of what is eliminated, 0 to 1.
 
-    All are constants here: the result has no gradient. They share one device and one dtype
-    (float32 or float64 in compiled kernels, other floating dtypes by the reference; under
+    All are constants here: the results have no gradient. The maps share one device and one
+    dtype (float32 or float64 in compiled kernels, other floating dtypes by the reference; under
     autocast on the CPU everything runs in float32). NaN propagates within its image.
 
     Returns:
-        (B, 2, 2): per image, of the student and of the teacher, I and D.
+        θ, α and β, each (B,).
 
     Raises:
         TypeError: an integer dtype, or dtypes that differ.
-        ValueError: a wrong shape or device, or an empty size.
+        ValueError: a wrong shape or device, an empty size, a number out of its range.
         RuntimeError: a backend that was asked for by name cannot run.
     """
     _check_maps(student_logits, teacher_logits, truth)
+    bound = 0.0 if threshold is None else threshold
+    for name, value in (("p", p), ("threshold", bound), ("epsilon", epsilon)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in 0–1, not {value}")
     maps = [x.detach() for x in (student_logits, teacher_logits, truth)]
-    if choose("dkd_sums", student_logits) == "reference":
-        return dkd_sums_reference(*maps)
-    return torch.ops.sodfast.dkd_sums(*maps)
+    if choose("dkd_theta", student_logits) == "reference":
+        return dkd_theta_reference(*maps, p, threshold, epsilon)
+    return torch.ops.sodfast.dkd_theta(*maps, p, -1.0 if threshold is None else threshold, epsilon)
 
 
 @torch.no_grad()
-def dkd_sums_reference(student_logits: Tensor, teacher_logits: Tensor, truth: Tensor) -> Tensor:
-    """:func:`dkd_sums` in plain torch: the specification, and the fallback."""
-    rows = []
-    for logits in (student_logits, teacher_logits):
-        p, not_p = logits.sigmoid(), (-logits).sigmoid()
-        pair = [p * truth, p * (1 - truth) + not_p * truth]
-        rows.append(torch.stack([x.sum((1, 2, 3)) for x in pair], 1))
-    return torch.stack(rows, 1)
+def dkd_theta_reference(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    truth: Tensor,
+    p: float = 0.7,
+    threshold: float | None = 0.5,
+    epsilon: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`dkd_theta` in plain torch: the specification, and the fallback."""
+
+    def overlap(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        yes, no = logits.sigmoid(), (-logits).sigmoid()
+        together = (yes * truth).sum((1, 2, 3))
+        apart = (yes * (1 - truth) + no * truth).sum((1, 2, 3))
+        return together, apart, together + apart
+
+    together, _, union = overlap(teacher_logits)
+    alpha = (together / union).masked_fill(union == 0, 1.0)
+    _, apart, union = overlap(student_logits)
+    beta = (apart / union).masked_fill(union == 0, 0.0)
+    theta = (alpha**p * beta ** (1 - p)).tanh()
+    if threshold is not None:  # "not above" leaves a NaN what it is
+        theta = theta.masked_fill(alpha <= threshold, epsilon)
+    return theta, alpha, beta
 
 
 def dkd_loss(
@@ -152,8 +185,16 @@ def _check_maps(student_logits: Tensor, teacher_logits: Tensor, truth: Tensor) -
             )
 
 
-def _fake_sums(student_logits: Tensor, teacher_logits: Tensor, truth: Tensor) -> Tensor:
-    return student_logits.new_empty((student_logits.shape[0], 2, 2))
+def _fake_theta(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    truth: Tensor,
+    p: float,
+    threshold: float,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    theta, alpha, beta = (student_logits.new_empty(student_logits.shape[:1]) for _ in range(3))
+    return theta, alpha, beta
 
 
 def _fake_loss(
@@ -194,6 +235,6 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
     return to_student, None, None, None, None, None, None
 
 
-register("dkd_sums", fake=_fake_sums)
+register("dkd_theta", fake=_fake_theta)
 register("dkd_loss", fake=_fake_loss, backward=_backward, setup_context=_setup_context)
 register("dkd_loss_backward", fake=_fake_loss_backward)

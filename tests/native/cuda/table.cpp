@@ -119,9 +119,11 @@ Kernels<T> table() {
                            {a.lr, a.beta1, a.beta2, a.eps, a.step}, nullptr),
           "adam_decay");
   };
-  k.dkd_sums = [](const DkdShape& shape, const T* student, const T* teacher, const T* truth, T* sums, const Parallel&) {
+  k.dkd_theta = [](const DkdShape& shape, const T* student, const T* teacher, const T* truth, const DkdRule& rule,
+                   T* theta, T* alpha, T* beta, const Parallel&) {
     const Workspace workspace(cuda::dkd_workspace(shape));
-    check(cuda::dkd_sums(type<T>, shape, student, teacher, truth, sums, workspace, nullptr), "dkd_sums");
+    check(cuda::dkd_theta(type<T>, shape, student, teacher, truth, rule, theta, alpha, beta, workspace, nullptr),
+          "dkd_theta");
   };
   k.dkd_loss = [](const DkdShape& shape, const T* student, const T* teacher, const T* truth, const T* theta,
                   double temperature, double kl_factor, T* loss, T* gradient, const Parallel&) {
