@@ -57,7 +57,7 @@ def dkd_theta(
     for name, value in (("p", p), ("threshold", bound), ("epsilon", epsilon)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be in 0–1, not {value}")
-    maps = [x.detach() for x in (student_logits, teacher_logits, truth)]
+    maps = student_logits.detach(), teacher_logits.detach(), truth.detach()
     if choose("dkd_theta", student_logits) == "reference":
         return dkd_theta_reference(*maps, p, threshold, epsilon)
     return torch.ops.sodfast.dkd_theta(*maps, p, -1.0 if threshold is None else threshold, epsilon)
