@@ -185,6 +185,7 @@ def predict_files(
     progress: Callable[[], object] | None = None,
     kind: str = "mask",
     file_format: str = "png",
+    remark: Callable[[str], object] | None = None,
 ) -> list[Failure]:
     """Makes the file of every job; returns the jobs that failed, in the order of `jobs`.
 
@@ -193,9 +194,10 @@ def predict_files(
     meanwhile; the files are the same for any number of threads and any predictor.batch.
 
     A picture that cannot be read or mapped does not stop the others. Each file is written
-    under a temporary name and renamed. progress is called after every job. Raises ValueError
-    for an unknown kind or format, and OSError when a file cannot be written: the next one could
-    not be either.
+    under a temporary name and renamed. progress is called after every job, remark with a
+    sentence about each that was done although its depth map is constant. Raises ValueError for
+    an unknown kind or format, and OSError when a file cannot be written: the next one could not
+    be either.
     """
     for name, value, known in (("kind", kind, TYPES), ("file_format", file_format, FORMATS)):
         if value not in known:
@@ -205,7 +207,7 @@ def predict_files(
     cores = threading.BoundedSemaphore(workers)
     stopping = threading.Event()
 
-    def work(batch: list[Job]) -> list[Failure | None]:
+    def work(batch: list[Job]) -> list[tuple[Failure | None, str | None]]:
         files = _Files(predictor, kind, file_format)
         for job in batch:
             if not stopping.is_set():
@@ -215,16 +217,18 @@ def predict_files(
         for job in batch:
             if not stopping.is_set():
                 files.write(job)
-        return [files.failures.get(job) for job in batch]
+        return [(files.failures.get(job), files.remarks.get(job)) for job in batch]
 
     failures: list[Failure] = []
     # One worker more than compute: it waits for the disk while they do.
     results = ordered_map(work, batches, workers + 1, inner)
     try:
         for result in results:
-            for failure in result:
+            for failure, odd in result:
                 if failure is not None:
                     failures.append(failure)
+                elif odd is not None and remark is not None:
+                    remark(odd)
                 if progress is not None:
                     progress()
     finally:
@@ -241,6 +245,7 @@ class _Files:
         self.sources: dict[Job, Path | BytesIO] = {}
         self.done: dict[Job, bytes] = {}
         self.failures: dict[Job, Failure] = {}
+        self.remarks: dict[Job, str] = {}
 
     @contextlib.contextmanager
     def _for(self, *jobs: Job) -> Iterator[None]:
@@ -268,6 +273,11 @@ class _Files:
                 depth = None
                 if job.depth is not None:
                     depth = read_depth(job.depth, predictor.disparity)
+                    if not np.ptp(depth):
+                        self.remarks[job] = (
+                            f"{job.source}: the depth map {job.depth} is constant "
+                            f"({depth.flat[0]} of 255) and says nothing"
+                        )
                 inputs[job] = to_input(picture.rgb, predictor.preprocessing, predictor.size, depth)
                 sizes[job] = picture.rgb.shape[0], picture.rgb.shape[1]
                 # A map needs no more of the picture than its size.

@@ -202,6 +202,28 @@ def test_predict_command(command: Command, weights: Path, scenes: Path, tmp_path
     assert single.returncode == 2 and "pictures from files only" in single.stderr
 
 
+def test_predict_says_which_depth_maps_are_constant(
+    command: Command, weights: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    write_scenes(tmp_path / "set", 4, seed=9, depth=True, size=40)
+    depth = tmp_path / "set" / "depth"
+    for name, mode, value in (("000001", "L", 9), ("000003", "I;16", 700)):
+        Image.new(mode, Image.open(depth / f"{name}.png").size, value).save(depth / f"{name}.png")
+    done = command(
+        "predict", tmp_path / "set" / "images", "--depth", depth, "--weights", weights,
+        "-o", tmp_path / "maps", "--threads", "1",
+    )  # fmt: skip
+    assert done.returncode == 0 and len(list((tmp_path / "maps").iterdir())) == 4
+    warned = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert len(warned) == 2
+    for line, name, value in zip(warned, ("000001", "000003"), (9, 255)):
+        assert (
+            f"images/{name}.png: the depth map {depth / name}.png is constant ({value} of" in line
+        )
+
+
 def test_options_without_a_meaning_are_refused_before_the_work(
     command: Command, scenes: Path, tmp_path: Path
 ) -> None:

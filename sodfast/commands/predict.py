@@ -91,7 +91,7 @@ def add_parser(subparsers: Any) -> None:
         "--depth",
         metavar="DIR",
         help="depth maps named like the pictures, for weights that take them; a picture without "
-        "one is reported",
+        "one is reported, and one whose depth map is constant too",
     )
     parser.add_argument(
         "--distance",
@@ -239,8 +239,9 @@ def _files(arguments: argparse.Namespace, predictor: Predictor) -> int:
     # disable=None: no bar where stderr is no terminal.
     with tqdm(total=len(jobs), unit="picture", disable=None) as bar:
         failures += predict_files(
-            predictor, jobs, lambda: bar.update(), arguments.type, file_format
-        )
+            predictor, jobs, lambda: bar.update(), arguments.type, file_format,
+            lambda text: bar.write(f"sodfast: warning: {text}", file=sys.stderr),
+        )  # fmt: skip
     if failures:
         lines = [f"{failure.source}: {failure.reason}" for failure in failures]
         raise WorkError("\n  ".join([f"{len(failures)} of {total} could not be done:", *lines]))
