@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint
 from .launch import Launch
 from .models import create_model
 from .recipe import Recipe
 from .weights import load
 
-__all__ = ["State", "begin", "capture", "restore"]
+__all__ = ["State", "begin", "capture", "network_of", "restore"]
+
+Found = tuple[Path, dict[str, Any], list[str]]  # what checkpoint.latest returns
 
 
 @dataclass
@@ -30,15 +31,28 @@ class State:
     loss: float = 0.0  # running mean for the log
 
 
-def begin(
-    recipe: Recipe, run: Path, resume: bool, init: str | os.PathLike[str] | None, names: str
-) -> tuple[nn.Module, tuple[Path, dict[str, Any], list[str]] | None]:
-    """The network to train, and what `checkpoint.latest` found where the run goes on.
+def network_of(
+    recipe: Recipe, found: Found | None, init: str | os.PathLike[str] | None
+) -> tuple[str, dict[str, Any]]:
+    """The network's name and configuration: the checkpoint's (whatever the run began with), those
+    of the weights to start from, or the recipe's."""
+    if found is not None:
+        return found[1]["model"]["name"], found[1]["model"]["config"]
+    if init is not None:
+        model: Any = load(init)
+        return model.name, model.config
+    return recipe.model, recipe.config
 
-    names: the identity of what is trained on. Its weights are the checkpoint's only after
-    `restore`. Raises ValueError where the run had another recipe or other pictures.
+
+def begin(
+    recipe: Recipe, found: Found | None, init: str | os.PathLike[str] | None, names: str
+) -> nn.Module:
+    """The network to train.
+
+    found: what `checkpoint.latest` found where a run goes on; names: the identity of what is
+    trained on. The weights are the checkpoint's only after `restore`. Raises ValueError where
+    the run had another recipe or other pictures.
     """
-    found = checkpoint.latest(run) if resume else None
     if found is not None:
         path, saved, _ = found
         then = {**Recipe().as_dict(), **saved["recipe"]}  # a setting may be younger than it
@@ -47,12 +61,10 @@ def begin(
             raise ValueError(f"{path}: the run had another recipe; differs: {changed}")
         if saved["names"] != names:
             raise ValueError(f"{path}: the run was trained on other pictures than these")
-        model = create_model(saved["model"]["name"], **saved["model"]["config"])
     elif init is not None:
-        model = load(init).train().requires_grad_(True)
-    else:
-        model = create_model(recipe.model, **recipe.config)
-    return model, found
+        return load(init).train().requires_grad_(True)
+    name, config = network_of(recipe, found, init)
+    return create_model(name, **config)
 
 
 def capture(

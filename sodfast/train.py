@@ -28,7 +28,7 @@ from .objective import Objective
 from .optim import DynamicWeightDecay, parameter_groups
 from .prune import estimate_statistics, prune
 from .recipe import Recipe
-from .resume import State, begin, capture, restore
+from .resume import Found, State, begin, capture, network_of, restore
 from .runlog import Losses, NotFinite, RunLog, TeachingLog, draw_curves, environment
 from .schedule import (
     check_sizes,
@@ -40,7 +40,7 @@ from .schedule import (
 )
 from .sources import Sources, open_sources
 from .validation import gamma_quantiles, results, validate
-from .weights import atomic_write, load, save
+from .weights import atomic_write, save
 
 __all__ = ["TrainingError", "train"]
 
@@ -82,19 +82,18 @@ def train(
     TrainingError for a loss that is not finite or a full disk.
     """
     run = Path(run)
-    trainer = Trainer(recipe, run, resume, device, progress)
+    trainer = Trainer(recipe, run, device, progress)
     with checkpoint.lock(run) if trainer.launch.is_main else contextlib.nullcontext():
         if trainer.launch.is_main:
             if not resume and checkpoint.list_checkpoints(run):
                 raise ValueError(f"{run} holds a run already: --resume goes on with it")
             checkpoint.clean(run)
-        base: Any = None if init is None else load(init)
-        name, config = (recipe.model, recipe.config) if base is None else (base.name, base.config)
+        found = checkpoint.latest(run) if resume else None
         sources = open_sources(
             recipe, trainer.launch, data, val, images, teacher, cache_folder, skip_bad, progress,
-            input_channels(name, config),
+            input_channels(*network_of(recipe, found, init)),
         )  # fmt: skip
-        trainer.start(sources, init)
+        trainer.start(sources, found, init)
         try:
             trainer.loop()
             return trainer.finish()
@@ -109,10 +108,8 @@ def train(
 class Trainer:
     """One run: what `train` does, in the order of the methods below."""
 
-    def __init__(
-        self, recipe: Recipe, run: Path, resume: bool, device: str | None, progress: bool
-    ) -> None:
-        self.recipe, self.run, self.resume, self.progress = recipe, run, resume, progress
+    def __init__(self, recipe: Recipe, run: Path, device: str | None, progress: bool) -> None:
+        self.recipe, self.run, self.progress = recipe, run, progress
         self.launch = Launch(recipe.precision, device)
         self.device = self.launch.device
         self.state = State()
@@ -124,13 +121,15 @@ class Trainer:
 
     # ---- beginning and resuming ----------------------------------------------------------------
 
-    def start(self, sources: Sources, init: str | os.PathLike[str] | None) -> None:
+    def start(
+        self, sources: Sources, found: Found | None, init: str | os.PathLike[str] | None
+    ) -> None:
         """Everything before the first step."""
         recipe = self.recipe
         rows, self.held = sources.split(recipe.held_out)
         names = sources.identity(rows)
         torch.manual_seed(recipe.seed)
-        model, found = begin(recipe, self.run, self.resume, init, names)
+        model = begin(recipe, found, init, names)
         if found is not None:
             path, saved, complaints = found
             self.state = State(**saved["state"])

@@ -103,9 +103,15 @@ def test_depth_is_needed_and_its_absence_is_said(tmp_path: Path, cache: Path) ->
 def test_weights_that_a_run_starts_from_decide_on_depth(
     weights: Path, scenes: Path, cache: Path, tmp_path: Path
 ) -> None:
-    plain = load_recipe("rgbd-csnet", [*SMALL, CE, "config.in_channels=3"])
+    plain = load_recipe("rgbd-csnet", [*SMALL, CE, "config.in_channels=3", "checkpoint_every=3"])
     train(plain, scenes, tmp_path, cache_folder=cache, progress=False, init=weights)
+    first = (tmp_path / "weights.safetensors").read_bytes()
     assert sodfast.load(tmp_path / "weights.safetensors").config["in_channels"] == 4
+    # A run that goes on need not be told again what it began with.
+    for path in sorted(tmp_path.glob("checkpoint-*.pt"))[1:]:
+        path.unlink()
+    train(plain, scenes, tmp_path, cache_folder=cache, progress=False, resume=True)
+    assert (tmp_path / "weights.safetensors").read_bytes() == first
 
 
 def test_depth_is_found_where_the_recipe_does_not_say_it(
