@@ -431,6 +431,8 @@ def test_tradeoff_of_rows_results_and_weights(
 
     for arguments, expected, words in (
         ((), 2, "nothing to draw"),
+        (("--results", results, "--distance"), 2, "--distance is for --weights"),
+        (("--weights", weights, "--data", data, "--distance"), 2, "takes RGB alone"),
         (("--weights", weights), 2, "go together"),
         (("--rows", tmp_path / "gone.csv"), 1, "gone.csv"),
         (("--results", rows), 1, "no JSON"),

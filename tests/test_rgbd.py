@@ -267,6 +267,30 @@ def test_evaluation_reads_depth_and_notes_what_is_constant(
     assert json.loads(done.stdout) and Path(sheet).is_file()
 
 
+def test_tradeoff_takes_maps_of_distances(
+    command: Command, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same scenes with depth turned round and --distance score the same."""
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    write_scenes(tmp_path / "near", 4, seed=9, depth=True, size=40)
+    write_scenes(tmp_path / "far", 4, seed=9, depth=True, size=40)
+    for path in (tmp_path / "far" / "depth").iterdir():
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    drawn: list[float] = []
+    monkeypatch.setattr(
+        "sodfast.plot.draw_tradeoff", lambda rows, *_: drawn.append(rows[0].f) or []
+    )
+    for folder, option in (("near", []), ("far", ["--distance"]), ("far", [])):
+        done = command(
+            "plot", "tradeoff", "-o", tmp_path / "t.png", "--weights", weights,
+            "--data", tmp_path / folder, "--threads", "1", *option,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 # ---- dynamic distillation --------------------------------------------------------------------
 
 

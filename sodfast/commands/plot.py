@@ -38,6 +38,9 @@ def add_parser(subparsers: Any) -> None:
         help="weights to evaluate now on --data",
     )  # fmt: skip
     tradeoff.add_argument("--data", metavar="DIR", help="the data set for --weights")
+    tradeoff.add_argument(
+        "--distance", action="store_true", help="depth maps of --data are distances: far is bright"
+    )
     tradeoff.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
     tradeoff.add_argument(
         "--figure", choices=tuple(FIGURES), default="max_f", help="the vertical axis (max_f)"
@@ -62,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("nothing to draw: give --rows, --results or --weights")
     if bool(arguments.weights) != bool(arguments.data):
         raise UsageError("--weights and --data go together")
+    if arguments.distance and not arguments.weights:
+        raise UsageError("--distance is for --weights: nothing else reads depth maps here")
     try:
         require_matplotlib()
         rows = [row for path in arguments.rows for row in read_rows(path)]
@@ -95,7 +100,9 @@ def _evaluate(weights: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from ..report import as_json
     from .evaluate import evaluate_weights
 
-    evaluations, model, _ = evaluate_weights(weights, [arguments.data], arguments.threads)
+    evaluations, model, _ = evaluate_weights(
+        weights, [arguments.data], arguments.threads, disparity=not arguments.distance
+    )
     for evaluation in evaluations:
         if not evaluation.complete:
             raise ValueError(
