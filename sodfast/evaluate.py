@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .data.folders import find_data, find_truths, picture_files, read_names, role_of
+from .data.folders import find_data, find_truths, read_names
 from .data.grey import read_depth, read_grey
+from .data.names import picture_files, role_of
 from .jobs import Failure, describe
 from .metrics import FIGURES, ImageScores, Scores, score
 from .parallel import ordered_map, share_threads

@@ -13,10 +13,9 @@ from sodfast.data.folders import (
     find_data,
     find_pairs,
     find_truths,
-    picture_files,
-    role_of,
 )
 from sodfast.data.grey import read_grey
+from sodfast.data.names import picture_files, role_of
 
 
 def touch(root: Path, *names: str) -> None:

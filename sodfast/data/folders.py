@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from .names import ENDINGS, LOSSLESS, is_picture, partner_of, picture_files, role_of, without_tail
 
 __all__ = [
     "DataFolder",
@@ -33,28 +35,8 @@ __all__ = [
     "find_images",
     "find_pairs",
     "find_truths",
-    "picture_files",
     "read_names",
-    "role_of",
 ]
-
-# What counts as a picture: the endings that `sodfast predict` looks for.
-_ENDINGS = frozenset(".jpg .jpeg .jpe .png .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm".split())
-# Side by side, the mask is the one that was compressed without loss.
-_LOSSLESS = frozenset(".png .bmp .gif .pgm .pbm .tif .tiff".split())
-# Subfolders by what they hold, the first that fits ("depth_images" are no images); compared in
-# lower case, - and blanks as _.
-_ROLES = {
-    "depth": re.compile(
-        r"(.*_)?(raw|smoothed)?(depths?|disparit(y|ies))(_?(maps?|images?|imgs?|png|bmp))?"
-    ),
-    "image": re.compile(r"(.*_)?(images?|imgs?|img|photos?|pictures?)|rgb(_left)?|left|li"),
-    "mask": re.compile(
-        r"(.*_)?(masks?|gts?|ground_?truths?)|ground_?truth_masks?|pixelwisegt.*|.*_gt_pixelwise"
-    ),
-}
-_TAILS = {"mask": ("_mask", "-mask", "_gt", "-gt"), "depth": ("_depth", "-depth", "_disparity")}
-_IMAGE_TAILS = ("_left", "-left", "_rgb", "-rgb")  # of pictures whose partners lack them
 
 
 @dataclass(frozen=True)
@@ -173,7 +155,7 @@ def find_images(source: str | os.PathLike[str]) -> list[Unlabelled]:
         files = list(picture_files(places["image"] if places is not None else root))
         if places is not None and places["mask"] == places["image"]:
             # Side by side: the mask was compressed without loss.
-            files = [(name, path) for name, path in files if path.suffix.lower() not in _LOSSLESS]
+            files = [(name, path) for name, path in files if path.suffix.lower() not in LOSSLESS]
     if not files:
         raise ValueError(f"{root}: no pictures found")
     found: dict[str, Unlabelled] = {}
@@ -222,12 +204,6 @@ def find_truths(folder: str | os.PathLike[str]) -> tuple[dict[str, Path], dict[s
     return dict(sorted(masks.items())), images
 
 
-def role_of(name: str) -> str | None:
-    """What a folder of this name usually holds: "image", "mask", "depth", or None."""
-    plain = re.sub(r"[-\s]+", "_", name.strip().lower())
-    return next((role for role, names in _ROLES.items() if names.fullmatch(plain)), None)
-
-
 def _layout(root: Path) -> dict[str, Path] | None:
     """Where images, masks and depth maps lie; the same folder for both when side by side."""
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -249,41 +225,14 @@ def _layout(root: Path) -> dict[str, Path] | None:
         return places
     for place in (root, *([places["image"]] if "image" in places else [])):
         stems: dict[bool, set[str]] = {True: set(), False: set()}
-        for path in filter(_is_picture, place.iterdir()):
-            lossless = path.suffix.lower() in _LOSSLESS
-            stems[lossless].add(_without_tail(path.stem) if lossless else path.stem)
+        for path in filter(is_picture, place.iterdir()):
+            lossless = path.suffix.lower() in LOSSLESS
+            stems[lossless].add(without_tail(path.stem) if lossless else path.stem)
         if stems[True] & stems[False]:
             return {"image": place, "mask": place}
-    if len(folders) == 1 and not any(_is_picture(path) for path in root.iterdir()):
+    if len(folders) == 1 and not any(is_picture(path) for path in root.iterdir()):
         return _layout(folders[0])
     return None
-
-
-def _without_tail(stem: str) -> str:
-    for tail in _TAILS["mask"]:
-        if stem.lower().endswith(tail):
-            return stem[: -len(tail)]
-    return stem
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in _ENDINGS and not path.name.startswith(".")
-
-
-def picture_files(place: str | os.PathLike[str]) -> Iterator[tuple[str, Path]]:
-    """Every picture in a folder and below: its name (folders and stem) and its path, in order.
-
-    Hidden files are passed over. Raises FileNotFoundError when the folder does not exist.
-    """
-    if not Path(place).is_dir():
-        raise FileNotFoundError(f"no such folder: {place}")
-    for here, folders, files in os.walk(place):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below = Path(here).relative_to(place)
-        for file in sorted(files):
-            path = Path(here) / file
-            if _is_picture(path):
-                yield (below / path.stem).as_posix(), path
 
 
 def _collect(root: Path, places: dict[str, Path], depth: bool) -> DataFolder:
@@ -293,7 +242,7 @@ def _collect(root: Path, places: dict[str, Path], depth: bool) -> DataFolder:
     side_by_side = places["image"] == places["mask"]
     groups: dict[str, dict[str, list[Path]]] = {"image": {}, "mask": {}, "depth": {}}
     for name, path in picture_files(places["image"]):
-        lossless = side_by_side and path.suffix.lower() in _LOSSLESS
+        lossless = side_by_side and path.suffix.lower() in LOSSLESS
         groups["mask" if lossless else "image"].setdefault(name, []).append(path)
     for role in ("mask", "depth"):
         if role in places and not (role == "mask" and side_by_side):
@@ -311,7 +260,7 @@ def _collect(root: Path, places: dict[str, Path], depth: bool) -> DataFolder:
     pairs: list[Pair] = []
     used: set[Path] = set()
     for name, image in single["image"].items():
-        partners = {role: _partner(name, role, single[role]) for role in ("mask", "depth")}
+        partners = {role: partner_of(name, role, single[role]) for role in ("mask", "depth")}
         mask = partners["mask"]
         if mask is not None:
             used.add(mask)
@@ -328,17 +277,6 @@ def _collect(root: Path, places: dict[str, Path], depth: bool) -> DataFolder:
     return DataFolder(root.resolve().name, root, pairs, problems)
 
 
-def _partner(name: str, role: str, files: dict[str, Path]) -> Path | None:
-    names = [name]
-    names += [name[: -len(tail)] for tail in _IMAGE_TAILS if name.lower().endswith(tail)]
-    for one in names:
-        for tail in ("", *_TAILS[role]):
-            for candidate in (one + tail, one + tail.upper(), one + tail.title()):
-                if candidate in files:
-                    return files[candidate]
-    return None
-
-
 def find_depth(folder: str | os.PathLike[str]) -> Callable[[str], Path | None]:
     """Depth maps by the picture's name: a function that returns the file, or None.
 
@@ -352,7 +290,7 @@ def find_depth(folder: str | os.PathLike[str]) -> Callable[[str], Path | None]:
         files[name] = path
     if not files:
         raise ValueError(f"no depth maps found in {folder}")
-    return lambda name: _partner(name, "depth", files)
+    return lambda name: partner_of(name, "depth", files)
 
 
 def _show(path: Path, root: Path) -> str:
@@ -406,7 +344,7 @@ def _only(found: DataFolder, names: Path) -> DataFolder:
     problems: list[str] = []
     for number, line in read_names(names):
         name = line
-        if name not in by_name and Path(line).suffix.lower() in _ENDINGS:
+        if name not in by_name and Path(line).suffix.lower() in ENDINGS:
             name = Path(line).with_suffix("").as_posix()
         if name in by_name:
             pairs[name] = by_name[name]
