@@ -131,6 +131,31 @@ def test_find_depth(tmp_path: Path) -> None:
         find_depth(tmp_path)
 
 
+def test_a_list_takes_parts_of_several_sets(tmp_path: Path) -> None:
+    """As the usual training set does: some pairs of NJU2K and some of NLPR, and no others."""
+    write_scenes(tmp_path / "NJU2K", 6, seed=1, depth=True, size=32)
+    write_scenes(tmp_path / "NLPR", 5, seed=2, depth=True, size=32)
+    wanted = [("NJU2K", i) for i in (0, 2, 5)] + [("NLPR", i) for i in (1, 2)]
+    lines = ["# image, mask, depth map"]
+    for name, i in wanted:
+        lines.append(
+            "\t".join(f"{name}/{kind}/{i:06d}.png" for kind in ("images", "masks", "depth"))
+        )
+    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
+    found = find_data(tmp_path / "train.txt", depth=True)
+    # Two files are called 000002: the folders tell them apart.
+    assert [p.name for p in found.pairs] == [f"{n}/images/{i:06d}" for n, i in wanted]
+    cache = open_data(tmp_path / "train.txt", 16, tmp_path / "cache", progress=False, depth=True)
+    whole = {
+        name: open_data(tmp_path / name, 16, tmp_path / "cache", progress=False, depth=True)
+        for name in ("NJU2K", "NLPR")
+    }
+    assert len(cache) == 5
+    for row, (name, i) in enumerate(wanted):
+        for part in ("images", "masks", "depths"):
+            assert np.array_equal(getattr(cache, part)[row], getattr(whole[name], part)[i])
+
+
 # ---- the cache and the batches -------------------------------------------------------------------
 
 
@@ -294,6 +319,18 @@ def test_damage_changes_the_depth_alone_and_does_what_it_says() -> None:
                 assert moved.mean() > 15
             else:
                 assert contrast(scene.depth) < 0.25 * contrast(intact.depth)
+
+
+@pytest.mark.parametrize("seed", [1, 5])
+def test_something_else_dominates_wherever_that_is_the_damage(seed: int) -> None:
+    """Also where the far object is hidden: at least 2 % of the picture, not of what is salient,
+    come nearer by a quarter of the range, and the salient object goes far."""
+    for index in range(150):
+        intact, scene = (make_depth_scene(seed, index, 48, kind) for kind in ("", "dominated"))
+        salient = intact.mask == 255
+        nearer = scene.depth.astype(int) - intact.depth
+        assert (nearer[~salient] > 64).sum() >= 0.02 * salient.size, index
+        assert nearer[salient].mean() < -64 and np.array_equal(scene.image, intact.image)
 
 
 def test_the_share_of_damage_is_met_and_recorded(scenes: Path) -> None:

@@ -9,8 +9,8 @@ near and of colours that differ from the background's. Beside it there are
 A chosen share of the depth maps is damaged in the three ways that Ren et al. (dynamic
 distillation, section 3.3) found in theirs; picture and mask stay what they were:
 
-- "dominated": another object dominates: a far one seems near, the salient one lies in the
-  background;
+- "dominated": another object dominates: a far one (where none is seen, a patch of the ground)
+  seems near, the salient one lies in the background;
 - "contrast": hardly any contrast between the object and what is around it;
 - "distorted": the camera's distortion: shifted, warped, and with holes.
 
@@ -33,7 +33,9 @@ from .synth_shapes import bytes_of, contrasting, generator, noise, palette_of, s
 __all__ = ["DAMAGES", "DepthScene", "damage_of", "make_depth_scene", "read_damage", "write_damage"]
 
 DAMAGES = ("dominated", "contrast", "distorted")
-_LEAST_VISIBLE = 0.02  # part of the picture that the salient object covers at least
+_LEAST_VISIBLE = 0.02  # part of the picture that the salient object covers at least, and what
+# dominates a damaged depth map
+_MOST_DRAWS = 1000  # of a patch that dominates; a handful is enough where there is room
 _DAMAGE_STREAM = 0x64616D616765  # so that damage does not change the scene's random numbers
 
 
@@ -149,9 +151,15 @@ def _damaged(
     one, −1 none."""
     random.integers(len(DAMAGES))  # which damage_of has used
     if kind == "dominated":
-        striking = number == 1  # the first of the far ones
+        rise, dominating = random.uniform(0.45, 0.6), number == 1  # the first of the far ones
+        # Hidden, or outside of the picture: a patch of what is far, until enough of it is seen.
+        far = (number != 0) & (depth < 0.4)
+        for _ in range(_MOST_DRAWS):
+            if dominating.mean() >= _LEAST_VISIBLE:
+                break
+            dominating = shape(random, x, y, random.uniform(0.2, 0.45))[0] & far
         swapped = np.where(number == 0, ground + 0.03, depth)
-        return np.where(striking, depth + random.uniform(0.45, 0.6), swapped)
+        return np.where(dominating, depth + rise, swapped)
     if kind == "contrast":
         level, part = random.uniform(0.2, 0.8), random.uniform(0.01, 0.04)
         stains = 0.08 * (noise(random, x, y, int(random.integers(3, 8))) - 0.5)
