@@ -219,3 +219,32 @@ def test_registration(gpu: str, number: int) -> None:
     with running(gpu):
         assert_registered(name, moved)
         assert_one_device(name, moved)
+
+
+def test_fused_blocks_that_are_watched_or_changed_run_their_layers(gpu: str) -> None:
+    block = sodfast.fuse(ILBlock((3, 5), (4, 3)).eval()).to(device_of(gpu))
+    x = [torch.rand(2, 3, 8, 8).to(device_of(gpu)), torch.rand(2, 5, 4, 4).to(device_of(gpu))]
+
+    def layers_run() -> bool:
+        with running(gpu), CallCounter() as calls:
+            block(x)
+        return "ilblock" not in calls.counts
+
+    assert not layers_run()
+    seen: list[str] = []
+    for name in ("conv1", "conv2", "norm3"):
+        layer = getattr(block, name)
+        handle = layer.register_forward_hook(lambda *_, name=name: seen.append(name))
+        assert layers_run()
+        handle.remove()
+    assert seen == ["conv1", "conv2", "norm3"]
+    block.conv1 = torch.nn.Sequential(block.conv1)
+    assert layers_run()
+
+
+def test_a_block_with_another_layer_runs_on_the_cpu() -> None:
+    block = ILBlock((3, 5), (4, 3)).eval()
+    x = [torch.rand(2, 3, 8, 8), torch.rand(2, 5, 4, 4)]
+    expected = block(x)
+    block.conv1 = torch.nn.Sequential(block.conv1)
+    assert all(torch.equal(a, b) for a, b in zip(block(x), expected))

@@ -81,7 +81,7 @@ class ILBlock(nn.Module):
     def forward(self, xs: Scales) -> list[Tensor]:
         xs = scale_list(xs)
         convs = (self.conv1, self.conv2, self.conv3)
-        if self.conv1.slope is not None and has_kernel("ilblock", xs[0]):  # fused, on CUDA
+        if self._is_fused() and has_kernel("ilblock", xs[0]):  # on CUDA
             return ops.ilblock(
                 xs,
                 [conv.weight for conv in convs],
@@ -97,6 +97,17 @@ class ILBlock(nn.Module):
             return self.norm3(ys)
         ys = self.norm2(self.conv2(self.norm1(self.conv1(xs))))
         return self.norm3(self.conv3(ys))
+
+    def _is_fused(self) -> bool:
+        """Whether :func:`sodfast.fuse` made the layers, and nobody wants to see what is between."""
+        convs = (self.conv1, self.conv2, self.conv3)
+        kinds = (GOctConv, SimplifiedGOctConv, SimplifiedGOctConv)
+        layers: tuple[nn.Module, ...] = (*convs, self.norm1, self.norm2, self.norm3)
+        return (
+            all(type(conv) is kind and conv.slope is not None for conv, kind in zip(convs, kinds))
+            and all(type(norm) is nn.Identity for norm in layers[3:])
+            and not any(_is_watched(layer) for layer in layers)
+        )
 
     def _norms_into_convolutions(self, x: Tensor) -> bool:
         """Whether a kernel does both at once, and nobody wants to see what is between them."""

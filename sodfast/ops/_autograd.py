@@ -35,16 +35,14 @@ def differentiable(
             flat, call.results = _flatten(output if isinstance(output, tuple) else (output,))
             call.single = not isinstance(output, tuple)
             ctx.arguments, ctx.results = call.arguments, call.results
+            # Once, not as the graph is walked, which several threads may do at the same time.
+            needs = _rebuild(ctx.needs_input_grad[1:], call.arguments, False)
+            ctx.needs_input_grad = tuple(needs)
             return tuple(flat)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-            flat_needs = ctx.needs_input_grad
-            ctx.needs_input_grad = tuple(_rebuild(flat_needs[1:], ctx.arguments, False))
-            try:
-                found = backward(ctx, *_rebuild(grads, ctx.results))
-            finally:  # the graph may be walked again
-                ctx.needs_input_grad = flat_needs
+            found = backward(ctx, *_rebuild(grads, ctx.results))
             flat: list[Tensor | None] = [None]  # for `call`
             for grad, count in zip(found if isinstance(found, tuple) else (found,), ctx.arguments):
                 if count == _ONE:
@@ -52,6 +50,10 @@ def differentiable(
                 elif count >= 0:
                     flat.extend(grad if grad is not None else [None] * count)
             return tuple(flat)
+
+    # What a profile and an anomaly's report call it.
+    Node.__name__ = str(overload).replace(".", "_")
+    Node._backward_cls.__name__ = Node.__name__ + "Backward"
 
     def run(keyset: Any, *args: Any) -> Any:
         keys = keyset & _AFTER

@@ -42,7 +42,8 @@ def dkd_theta(
 
     All are constants here: the results have no gradient. The maps share one device and one
     dtype (float32 or float64 in compiled kernels, other floating dtypes by the reference; under
-    autocast on the CPU everything runs in float32). NaN propagates within its image.
+    autocast on the CPU everything runs in float32). NaN propagates within its image (to θ,
+    unless p is 0 or 1 and the NaN is on the side that then counts nothing).
 
     Returns:
         θ, α and β, each (B,).
