@@ -25,7 +25,7 @@ def dkd_theta(
     IoU of m and g is Σ mg / Σ (m + g - mg), and 1 where both are nothing but zeros. α is the
     teacher's IoU (Eq. 1), β one minus the student's (Eq. 2), and
 
-    .. math:: \theta = \begin{cases} \tanh(\alpha^p \beta^{1-p}) & \alpha > \text{threshold} \
+    .. math:: \theta = \begin{cases} \tanh(\alpha^p \beta^{1-p}) & \alpha > \text{threshold} \\
                        \epsilon & \text{else} \end{cases} \quad (3, 6)
 
     The student's error Σ (m (1 - g) + (1 - m) g) is summed, not subtracted from 1: the small
