@@ -351,6 +351,11 @@ BAD_RULES = {
 }
 
 
+def test_a_rule_is_made_of_numbers() -> None:
+    with pytest.raises(TypeError, match="p must be a number, not '0.7'"):
+        dkd_theta(z8, z8, z8, "0.7")
+
+
 @pytest.mark.parametrize("name", BAD_RULES)
 def test_a_bad_rule_is_refused(name: str) -> None:
     rule, message = BAD_RULES[name]

@@ -1,6 +1,7 @@
 """What the loss of dynamic distillation is made of: its weight per image, and the loss."""
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -49,14 +50,16 @@ def dkd_theta(
         θ, α and β, each (B,).
 
     Raises:
-        TypeError: an integer dtype, or dtypes that differ.
+        TypeError: an integer dtype, dtypes that differ, or no number where one belongs.
         ValueError: a wrong shape or device, an empty size, a number out of its range.
         RuntimeError: a backend that was asked for by name cannot run.
     """
     _check_maps(student_logits, teacher_logits, truth)
     bound = 0.0 if threshold is None else threshold
     for name, value in (("p", p), ("threshold", bound), ("epsilon", epsilon)):
-        if not 0 <= value <= 1:
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, not {value!r}")
+        if not 0 <= float(value) <= 1:
             raise ValueError(f"{name} must be in 0–1, not {value}")
     maps = student_logits.detach(), teacher_logits.detach(), truth.detach()
     if choose("dkd_theta", student_logits) == "reference":
