@@ -43,14 +43,15 @@ STABLE_TORCH_LIBRARY(sodfast, m) {
       "int[] out_channels) -> Tensor[]");
 
   // BatchNorm + PReLU; returns the result, batch mean, biased batch variance, spatial means of the result (B, Σ C).
+  // moments, (Σ C, B, 2) float64, in training: mean and Σ (x - mean)² of every plane of xs, where they are known.
   m.def(
       "goctconv_norm_act(Tensor[] xs, Tensor weight, Tensor bias, Tensor slope, Tensor running_mean, "
-      "Tensor running_var, bool training, float eps) -> (Tensor[], Tensor, Tensor, Tensor)");
+      "Tensor running_var, bool training, float eps, Tensor? moments) -> (Tensor[], Tensor, Tensor, Tensor)");
   m.def(
       "goctconv_norm_act_backward(Tensor[] grads, Tensor[] xs, Tensor weight, Tensor bias, Tensor slope, Tensor mean, "
       "Tensor var, bool training, float eps) -> (Tensor[], Tensor, Tensor, Tensor)");
-  // The same with a depthwise 3×3 (kernel, [Σ C, 1, 3, 3]) behind it; on CUDA alone. moments, (Σ C, B, 2) float64: mean
-  // and Σ (x - mean)² of every plane of xs, where they are known; the last result: those of ys, in training.
+  // The same with a depthwise 3×3 (kernel, [Σ C, 1, 3, 3]) behind it; on CUDA alone. The last result: the moments of
+  // ys, in training.
   m.def(
       "goctconv_norm_depthwise(Tensor[] xs, Tensor weight, Tensor bias, Tensor slope, Tensor running_mean, "
       "Tensor running_var, Tensor kernel, Tensor? moments, bool training, float eps) -> "

@@ -241,14 +241,21 @@ def goctconv_norm_act(
     running_var: Tensor,
     training: bool,
     eps: float,
+    moments: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """See :func:`sodfast.ops.goctconv_norm_act`."""
+    """See :func:`sodfast.ops.goctconv_norm_act`. No kernel of Triton returns moments: with them
+    given it measures xs all the same."""
     op = "goctconv_norm_act"
     shape = _Geometry(op, xs, eps)
     vectors = shape.vectors(
         op, weight=weight, bias=bias, slope=slope, running_mean=running_mean,
         running_var=running_var,
     )  # fmt: skip
+    if moments is not None:
+        check(training, op, "moments have no use without training")
+        like, found = shape.maps[0].device, (moments.device, moments.dtype, tuple(moments.shape))
+        sound = like, torch.float64, (shape.size, shape.batch, 2)
+        check(found == sound, op, f"moments must be {sound}, got {found}")
     ys = [x.new_empty(x.shape) for x in shape.maps]
     mean, var = (weight.new_empty(weight.shape) for _ in range(2))
     channel_means = shape.maps[0].new_empty((shape.batch, shape.size))

@@ -45,7 +45,8 @@ class SyncNormAct(NormAct):
     value per channel.
     """
 
-    def forward(self, xs: Scales) -> list[Tensor]:
+    def forward(self, xs: Scales, moments: Tensor | None = None) -> list[Tensor]:
+        # moments are of this process alone: of no use
         if not self.training:
             return super().forward(xs)
         xs = scale_list(xs)

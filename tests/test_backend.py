@@ -16,6 +16,7 @@ from sodfast import ops
 from sodfast.nn import DilatedBank, GOctConvBNAct, ILBlock
 from sodfast.ops import _backend
 from sodfast.ops._backend import choose
+from sodfast.ops.goctconv import plane_moments
 
 FAMILIES = ("goctconv", "goctconv_depthwise", "goctconv_dilated", "goctconv_norm_act")
 REFERENCES = {
@@ -360,8 +361,9 @@ def samples():
     yield "goctconv_depthwise", (absent, leaf(3, 1, 3, 3), None, None, 1)
     yield "goctconv_dilated", (xs, dense, leaf(7), None, *branches)
     yield "goctconv_dilated", (absent, [dense[0], leaf(3, 0, 3, 3)], None, None, *branches)
-    yield "goctconv_norm_act", (xs, *c5, mean, var, True, 1e-5)
-    yield "goctconv_norm_act", (xs, *c5, mean, var, False, 1e-5)
+    yield "goctconv_norm_act", (xs, *c5, mean, var, True, 1e-5, None)
+    yield "goctconv_norm_act", (xs, *c5, mean, var, True, 1e-5, plane_moments(xs))
+    yield "goctconv_norm_act", (xs, *c5, mean, var, False, 1e-5, None)
     yield "goctconv_update_stats_", (mean, var, mean + 1, var + 1, [3, 2], [128, 32], 0.1)
     ys = [leaf(2, 2, 8, 8).detach(), leaf(2, 1, 4, 4).detach()]
     ins = [x.detach() for x in xs]

@@ -39,6 +39,7 @@ from sodfast.ops import (
     goctconv_update_stats_,
     goctconv_update_stats_reference_,
 )
+from sodfast.ops.goctconv import plane_moments
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -54,6 +55,7 @@ class Case:
     slopes: tuple[float, float] = (-0.5, 0.5)
     layout: str = "contiguous"
     seed: int = 0
+    given: bool = False  # the moments of xs, in training
 
     def shapes(self) -> list[tuple[int, ...]]:
         height, width = self.size
@@ -118,7 +120,10 @@ class Case:
         def call(t: Tensors) -> list[Tensor]:
             vectors = [t[name][0] for name in ("weight", "bias", "slope")]
             running = [r.to(vectors[0]) for r in self.running]  # dtype and device
-            ys, *statistics = function(t["xs"], *vectors, *running, self.training, self.eps)
+            moments = plane_moments(t["xs"]) if self.given and self.training else None
+            ys, *statistics = function(
+                t["xs"], *vectors, *running, self.training, self.eps, moments
+            )
             return [*ys, *statistics]
 
         return call
@@ -139,6 +144,7 @@ def cases(draw: st.DrawFn) -> Case:
         slopes=draw(slope_ranges),
         layout=draw(layouts),
         seed=draw(seeds),
+        given=draw(st.booleans()),
     )
 
 
@@ -150,7 +156,7 @@ def test_values_and_gradients(case: Case) -> None:
 
 LARGE = [
     Case(4, (64, 96), (9, 10)),
-    Case(2, (96, 72), (5, 4, 3, 2), values=(3.0, 0.5)),
+    Case(2, (96, 72), (5, 4, 3, 2), values=(3.0, 0.5), given=True),
     Case(1, (161, 95), (7,), training=False),
 ]
 
@@ -329,6 +335,13 @@ BAD = {
     "half": (RuntimeError, "'cpu' was asked for.*float16", ([x8.half()], *[c2.half()] * 5)),
     "devices": (ValueError, "running_var.*meta", ([x8], c2, c2, c2, c2, c2.to("meta"))),
     "no tensor": (TypeError, "slope.*float", ([x8], c2, c2, 0.25, c2, c2)),
+    "moments dtype": (TypeError, "moments must be.*float32", ([x8], *V2, True, 0.0, c2)),
+    "moments shape": (
+        ValueError,
+        r"moments.*\(2, 1, 2\), not \(2,\)",
+        ([x8], *V2, True, 0.0, c2.double()),
+    ),
+    "moments unused": (ValueError, "moments have no use", ([x8], *V2, False, 0.0, c2)),
     "no scales": (ValueError, "1 to 4 scales, not 0", ([], *V2)),
 }
 
@@ -365,8 +378,8 @@ def sound_calls() -> Iterator[Call]:
     case = Case(2, (8, 16), (3, 2), layout="sliced storage")
     xs, *vectors = case.tensors().values()
     flat = [vector for (vector,) in vectors]
-    yield "goctconv_norm_act", (xs, *flat, *case.running, True, 1e-5)
-    yield "goctconv_norm_act", (xs, *flat, *case.running, False, 1e-5)
+    for training, moments in ((True, None), (True, plane_moments(xs)), (False, None)):
+        yield "goctconv_norm_act", (xs, *flat, *case.running, training, 1e-5, moments)
     yield "goctconv_norm_act_backward", (case.grads(), xs, *flat, *case.running, True, 1e-5)
     statistics = [torch.ones(5) for _ in range(4)]
     yield "goctconv_update_stats_", (*statistics, [3, 2], [256, 64], 0.1)
@@ -399,8 +412,12 @@ def nonsense() -> Iterator[Call]:
         *(([x8], [*V2[:i], c2[None], *V2[i + 1 :]]) for i in range(5)),
     ):
         for training in (True, False):
-            yield "goctconv_norm_act", (xs, *vectors, training, 1e-5)
+            yield "goctconv_norm_act", (xs, *vectors, training, 1e-5, None)
             yield "goctconv_norm_act_backward", (xs, xs, *vectors, training, 1e-5)
+    m2 = torch.zeros(2, 1, 2).double()
+    for moments in (m2.float(), m2[:1], m2[:, :0], m2[..., :1], m2[0], m2[None]):
+        yield "goctconv_norm_act", ([x8], *V2, True, 1e-5, moments)
+    yield "goctconv_norm_act", ([x8], *V2, False, 1e-5, m2)
     for grads in ([], [x8, x8], [x4], [x8[:0]], [x8[:, :1]], [x8[0]], [x8.double()]):
         yield "goctconv_norm_act_backward", (grads, [x8], *V2, True, 1e-5)
     four = [torch.ones(4) for _ in range(4)]

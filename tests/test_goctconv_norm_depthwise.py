@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import test_goctconv
@@ -24,8 +25,10 @@ from op_cases import (
 from torch import Tensor
 
 import sodfast
+from sodfast import ops
 from sodfast.nn import ILBlock, NormAct
 from sodfast.ops import (
+    goctconv_norm_act,
     goctconv_norm_act_reference,
     goctconv_norm_depthwise,
     goctconv_norm_depthwise_reference,
@@ -150,8 +153,25 @@ def test_moments_of_the_result_serve_the_next(gpu: str) -> None:
             goctconv_norm_depthwise(ys, *vectors, *ones, kernel, given, True, 1e-5)
             for given in (None, moments)
         ]
-    for a, b in zip(results[0][1:], results[1][1:]):
+        norms = [
+            goctconv_norm_act(ys, *vectors, *ones, True, 1e-5, given) for given in (None, moments)
+        ]
+    for a, b in zip([*results[0][1:], *norms[0][1:]], [*results[1][1:], *norms[1][1:]]):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_norm_with_moments_measures_nothing(gpu: str) -> None:
+    """What it says of the batch is what these moments say, true or not."""
+    xs = [torch.randn(3, 2, 50, 48), torch.randn(3, 1, 25, 24)]  # of a block, and of warps
+    wrong = plane_moments([2 * x + 1 for x in xs])
+    ones = torch.ones(3, device=device_of(gpu))
+    with running(gpu):
+        _, mean, var, _ = goctconv_norm_act(
+            [x.to(ones.device) for x in xs], *[ones] * 5, True, 1e-5, wrong.to(ones.device)
+        )
+    for i, values in enumerate([*(2 * xs[0] + 1).unbind(1), *(2 * xs[1] + 1).unbind(1)]):
+        exact = torch.var_mean(values.double(), correction=0)
+        torch.testing.assert_close((var[i].cpu().double(), mean[i].cpu().double()), exact)
 
 
 def block_and_images() -> tuple[ILBlock, list[Tensor], list[Tensor]]:
@@ -178,7 +198,7 @@ def values(block: ILBlock, xs: list[Tensor], grads: list[Tensor]) -> list[Tensor
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("frozen", ["", "norm1", "norm2"])
+@pytest.mark.parametrize("frozen", ["", "norm1", "norm2", "norm3"])
 def test_a_block_trains_as_by_its_layers(gpu: str, training: bool, frozen: str) -> None:
     block, xs, grads = block_and_images()
     block.train(training)
@@ -188,8 +208,11 @@ def test_a_block_trains_as_by_its_layers(gpu: str, training: bool, frozen: str) 
     with sodfast.use_backend("reference"):
         expected = values(twin, [x.double() for x in xs], [g.double() for g in grads])
     device = device_of(gpu)
-    with running(gpu), CallCounter() as calls:
+    spy = mock.patch.object(ops, "goctconv_norm_act", wraps=goctconv_norm_act)
+    with running(gpu), CallCounter() as calls, spy as norm3:
         found = values(block.to(device), [x.to(device) for x in xs], [g.to(device) for g in grads])
+    known = training and frozen not in ("norm2", "norm3")
+    assert (norm3.call_args.args[-1] is not None) == known
     assert calls.counts["goctconv_norm_depthwise"] == 2
     assert calls.counts["goctconv_norm_depthwise_backward"] == 2
     assert "goctconv_depthwise" not in calls.counts and calls.counts["goctconv_norm_act"] == 1
@@ -216,6 +239,14 @@ def test_blocks_that_are_watched_or_changed_run_their_layers(gpu: str) -> None:
         assert layers_run(block)
         handle.remove()
     assert seen == ["conv1", "norm1", "norm2", "conv2", "conv3"]
+    # The last norm may be watched or replaced: it then gets what any norm gets, no moments (a hook
+    # may change the input).
+    handle = block.norm3.register_forward_pre_hook(lambda _, given: seen.append(len(given)))
+    assert not layers_run(block) and seen[-1] == 1
+    handle.remove()
+    other = copy.deepcopy(block)
+    other.norm3 = torch.nn.Identity()
+    assert not layers_run(other)
     assert not layers_run(block)
     # Batch statistics over several processes are another norm.
     assert layers_run(synchronise(copy.deepcopy(block)))

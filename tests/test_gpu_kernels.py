@@ -163,7 +163,7 @@ def test_norm_act_of_half_precision_maps_keeps_its_parameters(
             if wide is None:  # the public function asks for one dtype outside autocast
                 function = torch.ops.sodfast.goctconv_norm_act
             ys, *statistics = function(
-                leaves[:2], *leaves[2:], *running_statistics, training, case.eps
+                leaves[:2], *leaves[2:], *running_statistics, training, case.eps, None
             )
             gradients = torch.autograd.grad(ys, leaves, [g.to(device, wide) for g in grads])
         found[name] = [t.detach().cpu() for t in [*ys, *statistics, *gradients]]

@@ -84,6 +84,7 @@ def main() -> None:
                         maps(channels, maps_size, dtype), *vectors, kernel, None, training
                     )
                     moments = moments if training else None
+                    differentiate(goctconv_norm_act(ys, *vectors, training, moments=moments)[0])
                     ys = goctconv_norm_depthwise(ys, *vectors, kernel, moments, training)[0]
                     differentiate(ys)
             running = [v.detach() for v in vectors[3:]]

@@ -119,6 +119,19 @@ inline void check_pyramid(const char* op, const char* name, const Tensors& xs, c
           "), got ", shape_of(xs[s]));
 }
 
+// The moments of every plane of xs, where they are given: mean and Σ (x - mean)², contiguous.
+inline std::optional<Tensor> checked_moments(const char* op, const std::optional<Tensor>& moments, const Pyramid& p,
+                                             const Tensor& like, bool training) {
+  if (!moments.has_value()) return std::nullopt;
+  const Tensor& m = *moments;
+  check_device(op, "moments", m, like);
+  check(training, op, "moments have no use without training");
+  check(m.scalar_type() == ScalarType::Double && m.dim() == 3 && m.size(0) == p.total() && m.size(1) == p.batch &&
+            m.size(2) == 2,
+        op, "moments must be float64 of shape (", p.total(), ", ", p.batch, ", 2), got ", shape_of(m));
+  return torch::stable::contiguous(m);
+}
+
 inline Tensors contiguous_all(const Tensors& xs) {
   Tensors out;
   for (const Tensor& x : xs) out.push_back(torch::stable::contiguous(x));

@@ -8,20 +8,24 @@ namespace {
 std::tuple<Tensors, Tensor, Tensor, Tensor> goctconv_norm_act(const Tensors& xs, const Tensor& weight,
                                                               const Tensor& bias, const Tensor& slope,
                                                               const Tensor& running_mean, const Tensor& running_var,
-                                                              bool training, double eps) {
+                                                              bool training, double eps,
+                                                              const std::optional<Tensor>& moments) {
   const char* op = "goctconv_norm_act";
   const Pyramid maps = pyramid_of(op, "xs", xs);
   const int64_t n = maps.total();
   const Tensors v = norm_act_vectors(op, {"weight", "bias", "slope", "running_mean", "running_var"},
                                      {&weight, &bias, &slope, &running_mean, &running_var}, n, xs[0]);
+  const std::optional<Tensor> given = checked_moments(op, moments, maps, xs[0], training);
   const Tensor mean = empty_for(weight, {n}), var = empty_for(weight, {n}), means = empty_for(weight, {maps.batch, n});
   const Tensors in = contiguous_all(xs), out = empty_pyramid(xs[0], maps);
   const cuda::Type type = type_of(xs[0]);
-  const Tensor partial = workspace(xs[0], training ? cuda::norm_act_workspace(type, maps) : 0);
+  const Tensor partial = workspace(xs[0], training && !given.has_value() ? cuda::norm_act_workspace(type, maps) : 0);
   on_device(op, xs[0], [&](cudaStream_t stream) {
+    const auto* of_xs = given.has_value() ? static_cast<const double*>(given->const_data_ptr()) : nullptr;
     return cuda::norm_act(type, maps, read(in).data(), {read_vector(v[0]), read_vector(v[1]), read_vector(v[2])},
-                          read_vector(v[3]), read_vector(v[4]), eps, training, write_vector(mean), write_vector(var),
-                          write(out).data(), write_vector(means), partial.mutable_data_ptr(), stream);
+                          read_vector(v[3]), read_vector(v[4]), of_xs, eps, training, write_vector(mean),
+                          write_vector(var), write(out).data(), write_vector(means), partial.mutable_data_ptr(),
+                          stream);
   });
   return {out, mean, var, means};
 }

@@ -25,16 +25,7 @@ Result goctconv_norm_depthwise(const Tensors& xs, const Tensor& weight, const Te
   const Tensors v = norm_act_vectors(op, {"weight", "bias", "slope", "running_mean", "running_var"},
                                      {&weight, &bias, &slope, &running_mean, &running_var}, n, xs[0]);
   const Tensor w = checked_kernel(op, kernel, n, weight);
-  std::optional<Tensor> given;
-  if (moments.has_value()) {
-    const Tensor& m = *moments;
-    check_device(op, "moments", m, xs[0]);
-    check(training, op, "moments have no use without training");
-    check(m.scalar_type() == ScalarType::Double && m.dim() == 3 && m.size(0) == n && m.size(1) == maps.batch &&
-              m.size(2) == 2,
-          op, "moments must be float64 of shape (", n, ", ", maps.batch, ", 2), got ", shape_of(m));
-    given = torch::stable::contiguous(m);
-  }
+  const std::optional<Tensor> given = checked_moments(op, moments, maps, xs[0], training);
   const Tensor mean = empty_for(weight, {n}), var = empty_for(weight, {n}), means = empty_for(weight, {maps.batch, n});
   const std::vector<int64_t> size = training ? std::vector<int64_t>{n, maps.batch, 2} : std::vector<int64_t>{0};
   const Tensor out_moments = torch::stable::new_empty(xs[0], size, ScalarType::Double);

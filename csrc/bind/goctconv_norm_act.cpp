@@ -7,7 +7,8 @@ namespace {
 std::tuple<Tensors, Tensor, Tensor, Tensor> goctconv_norm_act(const Tensors& xs, const Tensor& weight,
                                                               const Tensor& bias, const Tensor& slope,
                                                               const Tensor& running_mean, const Tensor& running_var,
-                                                              bool training, double eps) {
+                                                              bool training, double eps,
+                                                              const std::optional<Tensor>& moments) {
   const char* op = "goctconv_norm_act";
   const Pyramid maps = pyramid_of(op, "xs", xs);
   const int64_t n = maps.total();
@@ -18,6 +19,7 @@ std::tuple<Tensors, Tensor, Tensor, Tensor> goctconv_norm_act(const Tensors& xs,
     check_vector(op, names[i], *vectors[i], n, xs[0]);
     v.push_back(torch::stable::contiguous(*vectors[i]));
   }
+  checked_moments(op, moments, maps, xs[0], training);  // xs is measured all the same: no CPU kernel returns them
   const Tensor mean = empty_for(xs[0], {n}), var = empty_for(xs[0], {n}), means = empty_for(xs[0], {maps.batch, n});
   const Tensors in = contiguous_all(xs), out = empty_pyramid(xs[0], maps);
   for_dtype(xs[0], [&](auto zero) {

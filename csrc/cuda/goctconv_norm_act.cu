@@ -2,14 +2,15 @@
 //
 //   z = (x - mean) · γ/√(var + ε) + β,   y = prelu(z, slope),   channel_means[b][c] = mean_{h,w} y
 //
-// Two launches for all scales in training, one otherwise; the backward takes two. A plane (one sample and channel)
-// belongs to a warp, or to a block where it is large. First the planes' moments: 16 values at a time in registers are
-// summed and measured about their own mean and combined in float64 (Chan's formula), so that a large mean costs no
-// digits. Then each plane's team combines its channel's moments over the batch and writes y, whose mean it sums on
-// the way. The backward does the same with its three sums and recomputes z.
+// Two launches for all scales in training, one otherwise or where the moments of x's planes are given; the backward
+// takes two. A plane (one sample and channel) belongs to a warp, or to a block where it is large. First the moments: 16
+// values at a time in registers are summed and measured about their own mean and combined in float64 (Chan's formula),
+// so that a large mean costs no digits. Then each plane's team combines its channel's moments over the batch and writes
+// y, whose mean it sums on the way. The backward does the same with its three sums and recomputes z.
 //
-// Bytes: training reads x twice and writes y, 12 per value in float32 (the second read finds small maps in L2); the
-// backward reads x and the gradient twice: 20. Some 10 FLOPs per value: memory bounds both. The aim is the bandwidth.
+// Bytes: training reads x twice and writes y, 12 per value in float32 (the second read finds small maps in L2), with
+// moments given 8; the backward reads x and the gradient twice: 20. Some 10 FLOPs per value: memory bounds both. The
+// aim is the bandwidth.
 #include "cuda/planes.h"
 
 namespace sodfast::cuda {
@@ -127,15 +128,17 @@ int64_t norm_act_workspace(Type, const Pyramid& maps) {
 }
 
 cudaError_t norm_act(Type type, const Pyramid& maps, Pointers xs, const NormActParameters& parameters,
-                     Vector running_mean, Vector running_var, double eps, bool training, Vector mean, Vector var,
-                     MutablePointers ys, Vector channel_means, void* workspace, cudaStream_t stream) {
+                     Vector running_mean, Vector running_var, const double* moments, double eps, bool training,
+                     Vector mean, Vector var, MutablePointers ys, Vector channel_means, void* workspace,
+                     cudaStream_t stream) {
   return for_type(type, [&](auto zero) {
     using T = decltype(zero);
     PlaneArguments<T> a = plane_arguments<T>(maps, xs, nullptr, ys);
     a.parameters = parameters, a.running_mean = running_mean, a.running_var = running_var, a.mean = mean, a.var = var;
-    a.channel_means = channel_means, a.eps = eps, a.training = training, a.partial = static_cast<double*>(workspace);
+    a.channel_means = channel_means, a.eps = eps, a.training = training;
+    a.partial = moments != nullptr ? const_cast<double*>(moments) : static_cast<double*>(workspace);
     const int64_t blocks = a.blocks.first[maps.scales];
-    if (training && maps.batch > 0) {
+    if (training && moments == nullptr && maps.batch > 0) {
       const cudaError_t error = launch(measure<T>, blocks, threads, stream, a);
       if (error != cudaSuccess) return error;
     }

@@ -57,20 +57,21 @@ cudaError_t dilated_grad_weight(Type, const DilatedShape&, Pointers gys, Pointer
                                 void* workspace, cudaStream_t);
 
 // gamma, beta, slope, mean, var: [total]. Training fills mean and var (biased) from the batch, otherwise they are
-// copied from running_mean and running_var. channel_means: [batch, total], the spatial mean of the result.
+// copied from running_mean and running_var. moments: [total, batch, 2], double: mean and Σ (x - mean)² of every plane
+// of xs, or null. channel_means: [batch, total], the spatial mean of the result.
 struct NormActParameters {
   Vector gamma, beta, slope;
 };
-int64_t norm_act_workspace(Type, const Pyramid&);
+int64_t norm_act_workspace(Type, const Pyramid&);  // without moments, in training
 cudaError_t norm_act(Type, const Pyramid&, Pointers xs, const NormActParameters&, Vector running_mean,
-                     Vector running_var, double eps, bool training, Vector mean, Vector var, MutablePointers ys,
-                     Vector channel_means, void* workspace, cudaStream_t);
+                     Vector running_var, const double* moments, double eps, bool training, Vector mean, Vector var,
+                     MutablePointers ys, Vector channel_means, void* workspace, cudaStream_t);
 int64_t norm_act_backward_workspace(Type, const Pyramid&);
 cudaError_t norm_act_backward(Type, const Pyramid&, Pointers gys, Pointers xs, const NormActParameters&, Vector mean,
                               Vector var, double eps, bool training, MutablePointers gxs, Vector ggamma, Vector gbeta,
                               Vector gslope, void* workspace, cudaStream_t);
-// The same followed by a depthwise 3x3, kernel: [total, 3, 3]; y itself is never written. moments: [total, batch, 2],
-// double: mean and Σ (x - mean)² of every plane of xs, or null; out_moments: those of ys, or null.
+// The same followed by a depthwise 3x3, kernel: [total, 3, 3]; y itself is never written. out_moments: the moments of
+// ys, or null.
 int64_t norm_depthwise_workspace(Type, const Pyramid&);  // without moments, in training
 cudaError_t norm_depthwise(Type, const Pyramid&, Pointers xs, const NormActParameters&, Vector running_mean,
                            Vector running_var, Vector kernel, const double* moments, double eps, bool training,

@@ -170,9 +170,13 @@ class NormAct(nn.Module):
         self.register_buffer("running_var", torch.ones(count))
         self.channel_means: Tensor | None = None
 
-    def forward(self, xs: Scales) -> list[Tensor]:
+    def forward(self, xs: Scales, moments: Tensor | None = None) -> list[Tensor]:
+        """moments: of xs, where an earlier layer returned them; see :meth:`into`."""
         xs = self._checked(xs)
-        ys, *statistics = ops.goctconv_norm_act(xs, *self._vectors(), self.training, self.eps)
+        moments = moments if self.training else None
+        ys, *statistics = ops.goctconv_norm_act(
+            xs, *self._vectors(), self.training, self.eps, moments
+        )
         self._keep(xs, *statistics)
         return ys
 

@@ -64,6 +64,19 @@ def parameter(x: Tensor, name: str, shape: tuple[int, ...], like: Tensor) -> Non
     same_place(x, name, like, "xs[0]")
 
 
+def moments(x: Tensor, shape: tuple[int, ...], like: Tensor, training: bool) -> None:
+    """Check the moments of ``xs``, float64, that an op is given in training."""
+    if not training:
+        raise ValueError("moments have no use where training is False")
+    if not isinstance(x, Tensor) or x.dtype != torch.float64:
+        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"moments must be a float64 tensor, not {found}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"moments must have shape {shape}, not {tuple(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"moments is on {x.device}, xs[0] is on {like.device}")
+
+
 def epilogue(bias: Tensor | None, slope: Tensor | None, channels: int, like: Tensor) -> None:
     """Check the optional bias and slope of a convolution's epilogue, each (channels,)."""
     if bias is not None:

@@ -23,6 +23,7 @@ def goctconv_norm_act(
     running_var: Tensor,
     training: bool = False,
     eps: float = 1e-5,
+    moments: Tensor | None = None,
 ) -> NormActResult:
     r"""Normalise every channel, scale and shift it, and apply PReLU.
 
@@ -42,11 +43,14 @@ def goctconv_norm_act(
         training: use the statistics of this batch over B, H and W (the variance divided by
             B·H·W) instead of the running ones.
         eps: added to the variance; at least 0.
+        moments: what :func:`goctconv_measured` or :func:`goctconv_norm_depthwise` returned with xs
+            as its result: spares the CUDA kernel a pass over xs, the others measure xs anyway.
+            None, or (sum of C_i, B, 2), float64; in training only.
 
-    All tensors share one device and one dtype (float32 or float64 in the CPU kernels, float32,
-    float16 or bfloat16 in the CUDA kernels, other floating dtypes by the reference). Under
-    autocast everything runs in float32 on the CPU; on CUDA the parameters and what is said of
-    the batch stay float32 beside xs in half precision.
+    All tensors share one device and, but for moments, one dtype (float32 or float64 in the CPU
+    kernels, float32, float16 or bfloat16 in the CUDA kernels, other floating dtypes by the
+    reference). Under autocast everything runs in float32 on the CPU; on CUDA the parameters and
+    what is said of the batch stay float32 beside xs in half precision.
     NaN and infinity propagate.
 
     Returns:
@@ -56,8 +60,8 @@ def goctconv_norm_act(
 
     Raises:
         TypeError: an integer dtype, or dtypes that differ.
-        ValueError: a wrong rank, shape or device, a negative eps, or a scale whose size is not
-            exactly that of scale 0 divided by 2^i (names both sizes).
+        ValueError: a wrong rank, shape or device, a negative eps, moments without training, or
+            a scale whose size is not exactly that of scale 0 divided by 2^i (names both sizes).
         RuntimeError: a backend that was asked for by name cannot run.
     """
     xs = _check.scales(xs)
@@ -68,9 +72,11 @@ def goctconv_norm_act(
         _check.parameter(parameter, name, (channels,), xs[0])
     if eps < 0:
         raise ValueError(f"eps must not be negative: {eps}")
+    if moments is not None:
+        _check.moments(moments, (channels, xs[0].shape[0], 2), xs[0], training)
     if choose("goctconv_norm_act", xs[0]) == "reference":
-        return goctconv_norm_act_reference(xs, *parameters, training, eps)
-    return torch.ops.sodfast.goctconv_norm_act(xs, *parameters, training, eps)
+        return goctconv_norm_act_reference(xs, *parameters, training, eps, moments)
+    return torch.ops.sodfast.goctconv_norm_act(xs, *parameters, training, eps, moments)
 
 
 def goctconv_norm_act_reference(
@@ -82,8 +88,12 @@ def goctconv_norm_act_reference(
     running_var: Tensor,
     training: bool = False,
     eps: float = 1e-5,
+    moments: Tensor | None = None,
 ) -> NormActResult:
-    """:func:`goctconv_norm_act` in plain torch: the specification, and the fallback."""
+    """:func:`goctconv_norm_act` in plain torch: the specification, and the fallback.
+
+    It measures xs whether it gets their moments or not.
+    """
     parameters = (weight, bias, slope, running_mean, running_var)
     per_scale = zip(*[parameter.split([x.shape[1] for x in xs]) for parameter in parameters])
     ys, means, variances = [], [], []
@@ -174,6 +184,7 @@ def _fake(
     running_var: Tensor,
     training: bool,
     eps: float,
+    moments: Tensor | None,
 ) -> NormActResult:
     ys = [x.new_empty(x.shape) for x in xs]
     channel_means = weight.new_empty(xs[0].shape[0], weight.shape[0])
@@ -200,7 +211,7 @@ def _fake_update_stats(*_: Any) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: NormActResult) -> None:
-    xs, weight, bias, slope, _, _, ctx.training, ctx.eps = inputs
+    xs, weight, bias, slope, _, _, ctx.training, ctx.eps, _ = inputs
     _, mean, var, channel_means = output
     ctx.mark_non_differentiable(mean, var, channel_means)
     ctx.save_for_backward(*xs, weight, bias, slope, mean, var)
@@ -211,7 +222,7 @@ def _backward(ctx: Any, grads: list[Tensor], *_: Tensor) -> tuple:
     grad_xs, grad_weight, grad_bias, grad_slope = torch.ops.sodfast.goctconv_norm_act_backward(
         grads, xs, weight, bias, slope, mean, var, ctx.training, ctx.eps
     )
-    return grad_xs, grad_weight, grad_bias, grad_slope, None, None, None, None
+    return grad_xs, grad_weight, grad_bias, grad_slope, None, None, None, None, None
 
 
 register("goctconv_norm_act", fake=_fake, backward=_backward, setup_context=_setup_context)

@@ -75,7 +75,7 @@ def goctconv_norm_depthwise(
     if eps < 0:
         raise ValueError(f"eps must not be negative: {eps}")
     if moments is not None:
-        _check_moments(moments, (channels, xs[0].shape[0], 2), xs[0], training)
+        _check.moments(moments, (channels, xs[0].shape[0], 2), xs[0], training)
     if choose("goctconv_norm_depthwise", xs[0]) == "reference":
         return goctconv_norm_depthwise_reference(xs, *parameters, kernel, moments, training, eps)
     return torch.ops.sodfast.goctconv_norm_depthwise(
@@ -106,18 +106,6 @@ def goctconv_norm_depthwise_reference(
     if not training:
         return ys, mean, var, channel_means, xs[0].new_empty(0, dtype=torch.float64)
     return ys, mean, var, channel_means, plane_moments(ys)
-
-
-def _check_moments(moments: Tensor, shape: tuple[int, ...], like: Tensor, training: bool) -> None:
-    if not training:
-        raise ValueError("moments have no use where training is False")
-    if not isinstance(moments, Tensor) or moments.dtype != torch.float64:
-        found = moments.dtype if isinstance(moments, Tensor) else type(moments).__name__
-        raise TypeError(f"moments must be a float64 tensor, not {found}")
-    if tuple(moments.shape) != shape:
-        raise ValueError(f"moments must have shape {shape}, not {tuple(moments.shape)}")
-    if moments.device != like.device:
-        raise ValueError(f"moments is on {moments.device}, xs[0] is on {like.device}")
 
 
 def _fake(

@@ -39,13 +39,22 @@ void test_norm_depthwise(int cases) {
 
     Maps<T> y(maps, NAN), expected(maps, NAN), statistics({Values(n, NAN), Values(n, NAN)}), means = empty(samples);
     Maps<T> work = scratch(cuda::norm_act_workspace(type, maps));
-    expect_done(cuda::norm_act(type, maps, in(xs), parameters, vector(running[0]), vector(running[1]), eps, training,
-                               vector(statistics[0]), vector(statistics[1]), out(y), vector(means[0]), work[0],
-                               nullptr));
+    expect_done(cuda::norm_act(type, maps, in(xs), parameters, vector(running[0]), vector(running[1]), nullptr, eps,
+                               training, vector(statistics[0]), vector(statistics[1]), out(y), vector(means[0]),
+                               work[0], nullptr));
     expect_done(cuda::depthwise(type, depthwise, in(y), w[0], nullptr, nullptr, false, out(expected), nullptr));
 
     Maps<T> found(maps, NAN), found_statistics({Values(n, NAN), Values(n, NAN)}), found_means = empty(samples);
     Maps<T> moments({moments_of(maps, x)}), found_moments = empty(2 * samples);
+    if (training) {  // the norm alone, of the moments and without a workspace
+      expect_done(cuda::norm_act(type, maps, in(xs), parameters, vector(running[0]), vector(running[1]), moments[0],
+                                 eps, true, vector(found_statistics[0]), vector(found_statistics[1]), out(found),
+                                 vector(found_means[0]), nullptr, nullptr));
+      expect_equal(name + " of moments", found.values(), y.values(), 1e-11);
+      expect_equal(name + " of moments, means", found_means.values(), means.values(), 1e-11);
+      if (maps.batch > 0)
+        expect_equal(name + " of moments, statistics", found_statistics.values(), statistics.values(), 1e-11);
+    }
     Maps<T> other_work = scratch(given ? 0 : cuda::norm_depthwise_workspace(type, maps));
     expect_done(cuda::norm_depthwise(type, maps, in(xs), parameters, vector(running[0]), vector(running[1]),
                                      vector(w[0]), given ? moments[0] : nullptr, eps, training,

@@ -88,7 +88,7 @@ Kernels<T> table() {
     const std::vector<T> running_mean(mean, mean + n), running_var(var, var + n);
     const Workspace workspace(cuda::norm_act_workspace(type<T>, maps));
     check(cuda::norm_act(type<T>, maps, in(xs), {vector(gamma), vector(beta), vector(slope)},
-                         vector(running_mean.data()), vector(running_var.data()), eps, training, vector(mean),
+                         vector(running_mean.data()), vector(running_var.data()), nullptr, eps, training, vector(mean),
                          vector(var), out(ys), vector(channel_means), workspace, nullptr),
           "norm_act");
   };
