@@ -51,7 +51,9 @@ class Predictor:
     leaves it. A list of pictures is shared among them. batch: how many pictures of a list go
     through the network at once; on a CPU 1 is fastest, and the maps are the same. max_pixels:
     see `sodfast.pictures.read_image`. disparity: larger values in files of depth maps are nearer;
-    False: they are distances. See `sodfast.data.grey.read_depth`.
+    False: they are distances. See `sodfast.data.grey.read_depth`. cuda_graph: where the model is on
+    a CUDA device, replay whole batches as one CUDA graph (see `sodfast.cuda_graph`); the maps are
+    the same without. Other inputs, as the rest of a list, run kernel by kernel.
 
     Raises FileNotFoundError or ValueError for weights that cannot be read, and ValueError for
     a size that is no multiple of what the network needs (the nearest sizes are named).
@@ -66,7 +68,9 @@ class Predictor:
         batch: int = 1,
         max_pixels: int | None = None,
         disparity: bool = True,
+        cuda_graph: bool = True,
     ) -> None:
+        from .cuda_graph import GraphedNetwork
         from .fuse import fuse
 
         for name, value in (("threads", threads), ("batch", batch), ("max_pixels", max_pixels)):
@@ -80,8 +84,9 @@ class Predictor:
         self.max_pixels = max_pixels
         self.disparity = disparity
         self.network = fuse(model)
-        tensors = [*self.network.parameters(), *self.network.buffers()]
-        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self.device = _device_of(self.network)
+        graphed = cuda_graph and self.device.type == "cuda"
+        self.graphed = GraphedNetwork(self.network) if graphed else None
         if threads is not None:
             torch.set_num_threads(threads)
 
@@ -100,7 +105,8 @@ class Predictor:
         threads = torch.get_num_threads()
         return (
             f"{self.name}, {self.size[0]} x {self.size[1]}, device {self.device}, "
-            f"backend {backend}, {threads} {'thread' if threads == 1 else 'threads'}"
+            f"backend {backend}{' in a CUDA graph' if self.graphed else ''}, "
+            f"{threads} {'thread' if threads == 1 else 'threads'}"
         )
 
     def prepare(
@@ -117,8 +123,11 @@ class Predictor:
 
     def run(self, network_input: torch.Tensor) -> torch.Tensor:
         """The network alone: (B, channels, h, w) float32 to logits (B, 1, h, w)."""
+        # One shape alone is captured: what varies would be captured again and again.
+        whole = tuple(network_input.shape) == (self.batch, self.channels, *self.size)
+        network = self.graphed if self.graphed is not None and whole else self.network
         with torch.inference_mode():
-            return self.network(network_input.to(self.device))
+            return network(network_input.to(self.device))
 
     @overload
     def __call__(self, picture: PictureLike, depth: DepthLike = None) -> np.ndarray: ...
@@ -153,6 +162,11 @@ class Predictor:
         workers, inner = share_threads(torch.get_num_threads(), len(batches))
         with contextlib.closing(ordered_map(work, batches, workers, inner)) as results:
             return [saliency for result in results for saliency in result]
+
+
+def _device_of(network: nn.Module) -> torch.device:
+    tensors = [*network.parameters(), *network.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _check_size(

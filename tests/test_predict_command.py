@@ -69,6 +69,28 @@ def test_predict_size(
         assert "sodfast: error:" in err and words in err
 
 
+def test_predict_device(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("predict", photos, "-o", tmp_path / "o", "--weights", weights, "--device")
+    assert run(capsys, *arguments, "cpu", "--no-cuda-graph")[0] == 0
+    missing = "nowhere" if torch.cuda.is_available() else "cuda"
+    status, _, err = run(capsys, *arguments, missing)
+    assert status == 2 and f"--device {missing} cannot be used: " in err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
+def test_predict_on_a_gpu(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("predict", photos, "--weights", weights, "--device", "cuda", "-o")
+    for folder, options, graph in (("a", (), True), ("b", ("--no-cuda-graph",), False)):
+        status, _, err = run(capsys, *arguments, tmp_path / folder, *options)
+        assert status == 0 and "device cuda" in err and ("in a CUDA graph" in err) == graph
+    for name in files_below(tmp_path / "a"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
 def test_predict_threads(
     weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from picture_cases import by_hand, picture, small_model
 from PIL import Image
+from torch import nn
 
 import sodfast
-from sodfast import pretrained
+from sodfast import cuda_graph, predict, pretrained
 from sodfast.predict import Predictor
 
 
@@ -152,6 +153,57 @@ def test_a_predictor_describes_itself() -> None:
         assert words in text
     with sodfast.use_backend("reference"):
         assert "backend reference" in Predictor(small_model()).describe()
+
+
+# ---------------------------------------------------------------------------- CUDA graphs
+
+
+class StandIn:
+    """For a network in CUDA graphs: it remembers the shapes that these would be captured for."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.seen: list[tuple[int, ...]] = []
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(tuple(x.shape))
+        return self.network(x)
+
+
+def test_whole_batches_are_replayed_on_cuda_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pictures = [picture(seed=seed) for seed in range(5)]
+    plain = Predictor(small_model(), batch=2)
+    assert plain.graphed is None and "graph" not in plain.describe()
+    expected = plain(pictures)
+
+    monkeypatch.setattr(cuda_graph, "GraphedNetwork", StandIn)
+    monkeypatch.setattr(predict, "_device_of", lambda network: torch.device("cuda"))
+    assert Predictor(small_model(), batch=2, cuda_graph=False).graphed is None
+    predictor = Predictor(small_model(), batch=2)
+    predictor.device = torch.device("cpu")  # where there is no GPU it still has to run
+    assert "in a CUDA graph" in predictor.describe()
+    for got, want in zip(predictor(pictures), expected):
+        assert np.array_equal(got, want)
+    for size in (32, 48, 64):
+        predictor.run(torch.zeros(2, 3, size, 64))
+    predictor(pictures[0])
+    assert isinstance(predictor.graphed, StandIn)
+    assert predictor.graphed.seen == [(2, 3, 64, 64)] * 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_maps_on_a_gpu_are_the_same_with_and_without_graphs(batch: int) -> None:
+    pictures = [picture(30 + 3 * seed, 50, seed=seed) for seed in range(5)]
+    graphed, plain = (
+        Predictor(small_model().cuda(), batch=batch, cuda_graph=wanted) for wanted in (True, False)
+    )
+    assert isinstance(graphed.graphed, cuda_graph.GraphedNetwork) and plain.graphed is None
+    for got, want in zip(graphed(pictures), plain(pictures)):
+        assert np.array_equal(got, want)
+    assert len(graphed.graphed._graphs) == 1
 
 
 # ----------------------------------------------------------------------- from_pretrained

@@ -78,6 +78,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="CPU threads (default: all cores)"
     )
+    parser.add_argument("--device", metavar="D", default="cpu", help="cpu, cuda, … (default: cpu)")
+    parser.add_argument(
+        "--no-cuda-graph",
+        action="store_true",
+        help="on a CUDA device, start the network kernel by kernel",
+    )
     parser.add_argument(
         "--skip-existing", action="store_true", help="leave out pictures whose file is there"
     )
@@ -175,6 +181,11 @@ def _predictor(arguments: argparse.Namespace) -> Predictor:
     except (OSError, ValueError) as error:
         raise WorkError(error) from error
     try:
+        model = model.to(arguments.device)
+    except (AssertionError, RuntimeError) as error:  # torch's, each a device's own
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {arguments.device} cannot be used: {reason}") from error
+    try:
         predictor = Predictor(
             model,
             size=arguments.size,
@@ -182,6 +193,7 @@ def _predictor(arguments: argparse.Namespace) -> Predictor:
             batch=arguments.batch,
             max_pixels=arguments.max_pixels,
             disparity=not arguments.distance,
+            cuda_graph=not arguments.no_cuda_graph,
         )
     except ValueError as error:
         raise UsageError(error) from error
