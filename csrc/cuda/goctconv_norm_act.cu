@@ -3,10 +3,10 @@
 //   z = (x - mean) · γ/√(var + ε) + β,   y = prelu(z, slope),   channel_means[b][c] = mean_{h,w} y
 //
 // Two launches for all scales in training, one otherwise or where the moments of x's planes are given; the backward
-// takes two. A plane (one sample and channel) belongs to a warp, or to a block where it is large. First the moments: 16
-// values at a time in registers are summed and measured about their own mean and combined in float64 (Chan's formula),
-// so that a large mean costs no digits. Then each plane's team combines its channel's moments over the batch and writes
-// y, whose mean it sums on the way. The backward does the same with its three sums and recomputes z.
+// takes two. A plane (one sample and channel) belongs to a warp, or to a block where it is large. First the moments: a
+// thread adds up its values and their squares about the mean of its first 16, in float64 from 16 to 16, so that a large
+// mean costs no digits. Then each plane's team combines its channel's moments over the batch and writes y, whose mean
+// it sums on the way. The backward does the same with its three sums and recomputes z.
 //
 // Bytes: training reads x twice and writes y, 12 per value in float32 (the second read finds small maps in L2), with
 // moments given 8; the backward reads x and the gradient twice: 20. Some 10 FLOPs per value: memory bounds both. The
@@ -17,7 +17,7 @@ namespace sodfast::cuda {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(threads) apply(const __grid_constant__ PlaneArguments<T> a) {
+__global__ void __launch_bounds__(threads, 3) apply(const __grid_constant__ PlaneArguments<T> a) {
   using A = typename Sum<T>::type;
   __shared__ double shared[warps];
   const Team team(a);
@@ -26,12 +26,14 @@ __global__ void __launch_bounds__(threads) apply(const __grid_constant__ PlaneAr
   if (team.active) {
     const bool packed = a.aligned[team.s];
     for (int64_t base = 0; base < team.area; base += step * team.size) {
+      const int left = team.left(base);
+      T x[step];
       A v[step], part = 0;
-      read(team, a.xs[team.s] + team.plane * team.area, base, packed, v);
+      read(team, a.xs[team.s] + team.plane * team.area, base, packed, x);
 #pragma unroll
       for (int j = 0; j < step; ++j) {
-        v[j] = norm(v[j]);
-        if (team.at(base, j, packed) < team.area) part += v[j];
+        v[j] = norm(widen(x[j]));
+        if (team.at(j, packed) < left) part += v[j];
       }
       write(team, a.ys[team.s] + team.plane * team.area, base, packed, v);
       total[0] += part;
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(threads) apply(const __grid_constant__ PlaneAr
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads) sum_backward(const __grid_constant__ PlaneArguments<T> a) {
+__global__ void __launch_bounds__(threads, 2) sum_backward(const __grid_constant__ PlaneArguments<T> a) {
   using A = typename Sum<T>::type;
   __shared__ double shared[warps * 3];
   const Team team(a);
@@ -52,14 +54,15 @@ __global__ void __launch_bounds__(threads) sum_backward(const __grid_constant__ 
   if (team.active) {
     const int64_t offset = team.plane * team.area;
     for (int64_t base = 0; base < team.area; base += step * team.size) {
-      A x[step], g[step], part[3] = {};
+      T x[step], gy[step];
+      A part[3] = {};
       read(team, a.xs[team.s] + offset, base, a.aligned[team.s], x);
-      read(team, a.gys[team.s] + offset, base, a.aligned[team.s], g);
+      read(team, a.gys[team.s] + offset, base, a.aligned[team.s], gy);
 #pragma unroll
       for (int j = 0; j < step; ++j) {  // past the end the gradient is zero
-        const A normal = (x[j] - channel.mean) * channel.inverse, z = normal * channel.gamma + channel.beta;
-        const A gz = z > 0 ? g[j] : g[j] * channel.slope;
-        part[0] += gz, part[1] += gz * normal, part[2] += z > 0 ? A(0) : g[j] * z;
+        const A g = widen(gy[j]), normal = (widen(x[j]) - channel.mean) * channel.inverse;
+        const A z = normal * channel.gamma + channel.beta, gz = z > 0 ? g : g * channel.slope;
+        part[0] += gz, part[1] += gz * normal, part[2] += z > 0 ? A(0) : g * z;
       }
 #pragma unroll
       for (int k = 0; k < 3; ++k) sums[k] += part[k];
@@ -73,7 +76,7 @@ __global__ void __launch_bounds__(threads) sum_backward(const __grid_constant__ 
 
 // gx = γ/√(var + ε) · (gz - mean(gz) - x̂ · mean(gz·x̂)); with fixed statistics the means do not enter.
 template <class T>
-__global__ void __launch_bounds__(threads) apply_backward(const __grid_constant__ PlaneArguments<T> a) {
+__global__ void __launch_bounds__(threads, 2) apply_backward(const __grid_constant__ PlaneArguments<T> a) {
   using A = typename Sum<T>::type;
   const Team team(a);
   const Channel<A> channel(a, team.channel);
@@ -92,16 +95,17 @@ __global__ void __launch_bounds__(threads) apply_backward(const __grid_constant_
   const A scale = channel.gamma * channel.inverse;
   const int64_t offset = team.plane * team.area;
   for (int64_t base = 0; base < team.area; base += step * team.size) {
-    A x[step], g[step];
+    T x[step], gy[step];
+    A gx[step];
     read(team, a.xs[team.s] + offset, base, a.aligned[team.s], x);
-    read(team, a.gys[team.s] + offset, base, a.aligned[team.s], g);
+    read(team, a.gys[team.s] + offset, base, a.aligned[team.s], gy);
 #pragma unroll
     for (int j = 0; j < step; ++j) {
-      const A normal = (x[j] - channel.mean) * channel.inverse, z = normal * channel.gamma + channel.beta;
-      const A gz = z > 0 ? g[j] : g[j] * channel.slope;
-      g[j] = scale * (gz - mean_gz - normal * mean_gzx);
+      const A g = widen(gy[j]), normal = (widen(x[j]) - channel.mean) * channel.inverse;
+      const A z = normal * channel.gamma + channel.beta, gz = z > 0 ? g : g * channel.slope;
+      gx[j] = scale * (gz - mean_gz - normal * mean_gzx);
     }
-    write(team, a.ys[team.s] + offset, base, a.aligned[team.s], g);
+    write(team, a.ys[team.s] + offset, base, a.aligned[team.s], gx);
   }
 }
 

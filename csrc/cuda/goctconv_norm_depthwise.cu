@@ -15,7 +15,8 @@
 // First the sums over the planes (of gz, gz·x̂, the slope's gradient, gw), then gx from their totals.
 //
 // Bytes per value in float32: forward 8 (12 with x's moments to be made) against 20 for the two ops; backward 20
-// against 36. Some 50 FLOPs per value forward, 90 backward: memory bounds both. The aim is the bandwidth.
+// against 36. Some 50 FLOPs per value forward, 90 backward: memory bounds both in float32, where the aim is the
+// bandwidth. Forward a warp issues about 1000 instructions for its 512 values: in half precision these come first.
 #include "cuda/depthwise_rows.h"
 #include "cuda/planes.h"
 
@@ -26,16 +27,15 @@ constexpr int strip = 4, backward_sums = 12;
 
 // A plane in items of 4 x 4 pixels.
 struct Items {
-  int rows, cols;
-  int64_t across, count;
+  int rows, cols, across, count;
   __device__ __forceinline__ Items(const Team& team, const Pyramid& maps)
       : rows(static_cast<int>(maps.rows(team.s))),
         cols(static_cast<int>(maps.cols(team.s))),
         across(divide_up(cols, lane_pixels)),
         count(team.active && team.area > 0 ? across * divide_up(rows, strip) : 0) {}
-  __device__ __forceinline__ void place(int64_t item, int& y, int& x) const {
-    int64_t part;
-    y = static_cast<int>(divide(item, across, part)) * strip, x = static_cast<int>(part) * lane_pixels;
+  __device__ __forceinline__ void place(int item, int& y, int& x) const {
+    const int row = item / across;
+    y = row * strip, x = (item - row * across) * lane_pixels;
   }
 };
 
@@ -54,7 +54,7 @@ __device__ __forceinline__ void write_row(T* out, int x, int cols, bool aligned,
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads) convolve(const __grid_constant__ PlaneArguments<T> a) {
+__global__ void __launch_bounds__(threads, 2) convolve(const __grid_constant__ PlaneArguments<T> a) {
   using A = typename Sum<T>::type;
   __shared__ double shared[warps];
   __shared__ Moments shared_moments[warps];
@@ -69,19 +69,20 @@ __global__ void __launch_bounds__(threads) convolve(const __grid_constant__ Plan
   const T* in = a.xs[team.s] + team.plane * team.area;
   T* out = a.ys[team.s] + team.plane * team.area;
   double total[1] = {};
-  Moments moments;
-  for (int64_t item = team.lane; item < items.count; item += team.size) {
+  ThreadMoments<A> sums;
+  for (int item = team.lane; item < items.count; item += team.size) {
     int y, x;
     items.place(item, y, x);
+    T stored[strip + 2][6];
+    read_rows(in, y - 1, x, rows, cols, aligned, stored);
     A sum[strip * lane_pixels] = {}, part = 0;
 #pragma unroll
     for (int r = -1; r <= strip; ++r) {
+      if (y + r < 0 || y + r >= rows) continue;
       A v[6];
-      read_row(in, y + r, x, rows, cols, aligned, v);
 #pragma unroll
       for (int i = 0; i < 6; ++i) {
-        const bool inside = y + r >= 0 && y + r < rows && x + i >= 1 && x + i <= cols;
-        v[i] = inside ? norm(v[i]) : A(0);
+        v[i] = x + i >= 1 && x + i <= cols ? norm(widen(stored[r + 1][i])) : A(0);
         if (r >= 0 && r < strip && i >= 1 && i <= lane_pixels) part += v[i];
       }
 #pragma unroll
@@ -108,12 +109,12 @@ __global__ void __launch_bounds__(threads) convolve(const __grid_constant__ Plan
       }
       if (y + r < rows) write_row(out + static_cast<int64_t>(y + r) * cols + x, x, cols, aligned, line);
     }
-    if (a.moments != nullptr) moments.add(sum, least(strip, rows - y) * least(lane_pixels, cols - x), present);
+    if (a.moments != nullptr) sums.add(sum, least(strip, rows - y) * least(lane_pixels, cols - x), present);
   }
   team.add_up(total, shared);
   if (team.active && team.lane == 0 && team.area > 0)
     put(a.channel_means, team.b * a.maps.total() + team.channel, total[0] / static_cast<double>(team.area));
-  if (a.moments != nullptr) moments.write(team, a.maps.batch, shared_moments, a.moments);
+  if (a.moments != nullptr) sums.moments().write(team, a.maps.batch, shared_moments, a.moments);
 }
 
 // Calls f(x, g) for every pixel of the thread's items, g[t] being the gradient that tap t of the kernel read the pixel
@@ -127,32 +128,28 @@ __device__ __forceinline__ void for_each_pixel(const PlaneArguments<T>& a, const
   const bool aligned = a.aligned[team.s];
   const int64_t offset = team.plane * team.area;
   const T *in = a.xs[team.s] + offset, *gradient = a.gys[team.s] + offset;
-  for (int64_t item = team.lane; item < items.count; item += team.size) {
+  for (int item = team.lane; item < items.count; item += team.size) {
     int y, x;
     items.place(item, y, x);
-    A rolling[3][6];  // rows of the gradient: above, of and below the pixels
-    read_row(gradient, y - 1, x, rows, cols, aligned, rolling[0]);
-    read_row(gradient, y, x, rows, cols, aligned, rolling[1]);
+    T stored[strip + 2][6], values[strip][6];
+    read_rows(gradient, y - 1, x, rows, cols, aligned, stored);
+    read_rows(in, y, x, rows, cols, aligned, values);
+#pragma unroll
+    for (int r = 0; r < strip + 2; ++r)
+#pragma unroll
+      for (int i = 0; i < 6; ++i)  // the gradient is zero outside
+        if (y + r < 1 || y + r > rows || x + i < 1 || x + i > cols) stored[r][i] = T{};
 #pragma unroll
     for (int r = 0; r < strip; ++r) {
-      read_row(gradient, y + r + 1, x, rows, cols, aligned, rolling[(r + 2) % 3]);
       if (y + r >= rows) continue;
       const int64_t start = static_cast<int64_t>(y + r) * cols + x;
-      Pack<T, lane_pixels> values{};
-      if (aligned) {
-        values = *reinterpret_cast<const Pack<T, lane_pixels>*>(in + start);
-      } else {
-#pragma unroll
-        for (int i = 0; i < lane_pixels; ++i)
-          if (x + i < cols) values.v[i] = in[start + i];
-      }
       A results[lane_pixels] = {};
 #pragma unroll
       for (int i = 0; i < lane_pixels; ++i) {
         A g[9];
 #pragma unroll
-        for (int t = 0; t < 9; ++t) g[t] = rolling[(r + 2 - t / 3) % 3][i + 2 - t % 3];
-        if (x + i < cols) results[i] = f(A(widen(values.v[i])), g);
+        for (int t = 0; t < 9; ++t) g[t] = widen(stored[r + 2 - t / 3][i + 2 - t % 3]);
+        if (x + i < cols) results[i] = f(A(widen(values[r][i + 1])), g);
       }
       if (writes) write_row(a.ys[team.s] + offset + start, x, cols, aligned, results);
     }
@@ -161,7 +158,8 @@ __device__ __forceinline__ void for_each_pixel(const PlaneArguments<T>& a, const
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads) sum_backward(const __grid_constant__ PlaneArguments<T> a) {
+__global__ void __launch_bounds__(threads, sizeof(T) == 4 ? 2 : 1)
+    sum_backward(const __grid_constant__ PlaneArguments<T> a) {
   using A = typename Sum<T>::type;
   __shared__ double shared[warps * backward_sums];
   const Team team(a);
@@ -205,7 +203,7 @@ __device__ __forceinline__ double over_batch(const PlaneArguments<T>& a, const T
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads) apply_backward(const __grid_constant__ PlaneArguments<T> a) {
+__global__ void __launch_bounds__(threads, 2) apply_backward(const __grid_constant__ PlaneArguments<T> a) {
   using A = typename Sum<T>::type;
   const Team team(a);
   const Channel<A> channel(a, team.channel);

@@ -6,6 +6,7 @@
 
 namespace sodfast::cuda {
 
+// __launch_bounds__(threads, n): n blocks fit a multiprocessor. Left alone, one kernel took all 255 registers.
 constexpr int threads = 256, warps = threads / 32, step = 16, large_plane = 2048;
 
 template <class T>
@@ -45,9 +46,13 @@ struct Team {
     channel = a.maps.begin(s) + c;
     if (a.maps.batch == 0) area = 0;
   }
-  // The offset of value j of this thread's 16 from `base` on, in fours where they are packed.
-  __device__ __forceinline__ int64_t at(int64_t base, int j, bool packed) const {
-    return packed ? base + (j / 4 * size + lane) * 4 + j % 4 : base + j * size + lane;
+  // The team's next values from `base` on: how many there are, and which of them is value j of this thread's 16, in
+  // fours where they are packed. 32 bits, as 16 addresses of 64 would take all registers.
+  __device__ __forceinline__ int left(int64_t base) const {
+    return static_cast<int>(least<int64_t>(area - base, step * size));
+  }
+  __device__ __forceinline__ int at(int j, bool packed) const {
+    return packed ? (j / 4 * size + lane) * 4 + j % 4 : j * size + lane;
   }
   // Sums over the team, the same in every thread of it.
   template <int n>
@@ -61,48 +66,53 @@ struct Team {
   }
 };
 
-// This thread's 16 values from `base` on; zero past the end. Returns how many there are.
-template <class T, class A>
-__device__ __forceinline__ int read(const Team& team, const T* plane, int64_t base, bool packed, A (&v)[step]) {
+// This thread's 16 values from `base` on, as they are stored: whoever widens them waits for them. Zero past the end.
+// Returns how many there are.
+template <class T>
+__device__ __forceinline__ int read(const Team& team, const T* plane, int64_t base, bool packed, T (&v)[step]) {
   int count = 0;
+  const int left = team.left(base);
+  plane += base;
   if (packed) {
 #pragma unroll
     for (int j = 0; j < step; j += 4) {
-      const int64_t i = team.at(base, j, true);
+      const int i = team.at(j, true);
       Pack<T, 4> pack{};
-      if (i < team.area) {
+      if (i < left) {
         pack = *reinterpret_cast<const Pack<T, 4>*>(plane + i);
         count += 4;
       }
 #pragma unroll
-      for (int k = 0; k < 4; ++k) v[j + k] = i < team.area ? widen(pack.v[k]) : A(0);
+      for (int k = 0; k < 4; ++k) v[j + k] = pack.v[k];
     }
   } else {
 #pragma unroll
     for (int j = 0; j < step; ++j) {
-      const int64_t i = team.at(base, j, false);
-      v[j] = i < team.area ? widen(plane[i]) : A(0);
-      count += i < team.area;
+      const int i = team.at(j, false);
+      v[j] = i < left ? plane[i] : T{};
+      count += i < left;
     }
   }
   return count;
 }
 template <class T, class A>
 __device__ __forceinline__ void write(const Team& team, T* plane, int64_t base, bool packed, const A (&v)[step]) {
+  const int left = team.left(base);
+  plane += base;
   if (packed) {
 #pragma unroll
     for (int j = 0; j < step; j += 4) {
       Pack<T, 4> pack;
 #pragma unroll
       for (int k = 0; k < 4; ++k) narrow(v[j + k], pack.v[k]);
-      const int64_t i = team.at(base, j, true);
-      if (i < team.area) *reinterpret_cast<Pack<T, 4>*>(plane + i) = pack;
+      const int i = team.at(j, true);
+      if (i < left) *reinterpret_cast<Pack<T, 4>*>(plane + i) = pack;
     }
   } else {
 #pragma unroll
     for (int j = 0; j < step; ++j) {
-      const int64_t i = team.at(base, j, false);
-      if (i < team.area) narrow(v[j], plane[i]);
+      const int i = team.at(j, false);
+      if (i < left) narrow(v[j], plane[i]);
     }
   }
 }
@@ -119,28 +129,10 @@ struct Moments {
   }
   // Over the warp; the same in every lane.
   __device__ __forceinline__ void add_up() {
-    for (int mask = 16; mask > 0; mask /= 2) {
-      const double n = __shfl_xor_sync(whole_warp, count, mask), m = __shfl_xor_sync(whole_warp, mean, mask),
-                   q = __shfl_xor_sync(whole_warp, m2, mask);
-      add(n, m, q);
-    }
-    count = __shfl_sync(whole_warp, count, 0), mean = __shfl_sync(whole_warp, mean, 0);
-    m2 = __shfl_sync(whole_warp, m2, 0);
-  }
-  // Of 16 values in registers, n of which are present and the others zero: about their own mean first.
-  template <class A, class Present>
-  __device__ __forceinline__ void add(const A (&v)[step], int n, const Present& present) {
-    A total = 0;
-#pragma unroll
-    for (int j = 0; j < step; ++j) total += v[j];
-    const A own = total / A(n);
-    A rest = 0, square = 0;  // Σ (x - mean) is not exactly zero, since mean is rounded
-#pragma unroll
-    for (int j = 0; j < step; ++j) {
-      const A d = present(j) ? v[j] - own : A(0);
-      rest += d, square += d * d;
-    }
-    add(n, double(own) + double(rest / A(n)), double(square - rest * rest / A(n)));
+    const double all = warp_sum(count), together = warp_sum(count * mean);
+    const double new_mean = all > 0 ? together / all : 0, delta = mean - new_mean;
+    m2 = warp_sum(m2 + count * delta * delta);
+    count = all, mean = new_mean;
   }
   // Over the team, written by its first thread. All threads of the block call; `shared` holds one for each warp.
   __device__ __forceinline__ void write(const Team& team, int64_t batch, Moments* shared, double* out) {
@@ -148,8 +140,8 @@ struct Moments {
     if (team.size == threads) {
       if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = *this;
       __syncthreads();
-      *this = Moments();
-      for (int w = 0; w < warps; ++w) add(shared[w].count, shared[w].mean, shared[w].m2);
+      *this = threadIdx.x % 32 < warps ? shared[threadIdx.x % 32] : Moments();
+      add_up();
     }
     if (!team.active || team.lane != 0 || batch == 0) return;
     out += (team.channel * batch + team.b) * 2;
@@ -157,22 +149,56 @@ struct Moments {
   }
 };
 
+// What a thread finds, in sums about the mean of its first 16 values: squares keep their digits beside a large mean,
+// and nothing is divided on the way.
+template <class A>
+struct ThreadMoments {
+  A pivot = 0;
+  double count = 0, sum = 0, square = 0;
+  // Of 16 values in registers, n of which are present and the others zero.
+  template <class Present>
+  __device__ __forceinline__ void add(const A (&v)[step], int n, const Present& present) {
+    if (count == 0) {
+      A total = 0;
+#pragma unroll
+      for (int j = 0; j < step; ++j) total += v[j];
+      pivot = total / A(n);
+    }
+    A some = 0, squares = 0;
+#pragma unroll
+    for (int j = 0; j < step; ++j) {
+      const A d = present(j) ? v[j] - pivot : A(0);
+      some += d, squares += d * d;
+    }
+    count += n, sum += some, square += squares;
+  }
+  __device__ __forceinline__ Moments moments() const {
+    if (count == 0) return {};
+    const double rest = sum / count;
+    return {count, pivot + rest, square - sum * rest};
+  }
+};
+
 template <class T>
-__global__ void __launch_bounds__(threads) measure(const __grid_constant__ PlaneArguments<T> a) {
+__global__ void __launch_bounds__(threads, 3) measure(const __grid_constant__ PlaneArguments<T> a) {
   using A = typename Sum<T>::type;
   __shared__ Moments shared[warps];
   const Team team(a);
-  Moments moments;
+  ThreadMoments<A> sums;
+  const bool packed = a.aligned[team.s];
   const T* x = a.xs[team.s] + team.plane * team.area;
   if (team.active) {
     for (int64_t base = 0; base < team.area; base += step * team.size) {
+      T stored[step];
       A v[step];
-      const int n = read(team, x, base, a.aligned[team.s], v);
+      const int n = read(team, x, base, packed, stored), left = team.left(base);
       if (n == 0) break;  // only this thread's share is over
-      moments.add(v, n, [&](int j) { return team.at(base, j, a.aligned[team.s]) < team.area; });
+#pragma unroll
+      for (int j = 0; j < step; ++j) v[j] = widen(stored[j]);
+      sums.add(v, n, [&](int j) { return team.at(j, packed) < left; });
     }
   }
-  moments.write(team, a.maps.batch, shared, a.partial);
+  sums.moments().write(team, a.maps.batch, shared, a.partial);
 }
 
 // The mean and variance of the team's channel, of the batch from its planes' moments or the running ones; written where
@@ -180,14 +206,17 @@ __global__ void __launch_bounds__(threads) measure(const __grid_constant__ Plane
 template <class T>
 __device__ __forceinline__ void statistics(const Team& team, const PlaneArguments<T>& a, double& mean, double& var) {
   if (a.training) {
-    Moments moments;  // every warp of the team for itself
-    for (int64_t b = threadIdx.x % 32; b < a.maps.batch; b += 32) {
-      const double* p = a.partial + (team.channel * a.maps.batch + b) * 2;
-      if (team.active) moments.add(static_cast<double>(team.area), p[0], p[1]);
+    // Planes of one size: the mean of their means, and the squares about that. Every warp of the team for itself.
+    const double* p = a.partial + team.channel * a.maps.batch * 2;
+    const int64_t batch = a.maps.batch, first = threadIdx.x % 32;
+    double sum = 0, squares = 0;
+    for (int64_t b = first; b < batch; b += 32) sum += p[b * 2];
+    mean = warp_sum(sum) / static_cast<double>(batch);  // 0/0 where there is nothing to average
+    for (int64_t b = first; b < batch; b += 32) {
+      const double delta = p[b * 2] - mean;
+      squares += p[b * 2 + 1] + static_cast<double>(team.area) * delta * delta;
     }
-    moments.add_up();
-    const bool any = moments.count > 0;  // nothing to average has no mean, as 0/0
-    mean = any ? moments.mean : NAN, var = any ? moments.m2 / moments.count : NAN;
+    var = warp_sum(squares) / (static_cast<double>(batch) * static_cast<double>(team.area));
   } else {
     mean = get<double>(a.running_mean, team.channel), var = get<double>(a.running_var, team.channel);
   }
@@ -202,7 +231,7 @@ struct NormAct {
   __device__ __forceinline__ NormAct(const PlaneArguments<T>& a, const Team& team) {
     double m, var;
     statistics(team, a, m, var);
-    mean = A(m), scale = A(get<double>(a.parameters.gamma, team.channel) / sqrt(A(var + a.eps)));
+    mean = A(m), scale = get<A>(a.parameters.gamma, team.channel) / sqrt(A(var + a.eps));
     beta = get<A>(a.parameters.beta, team.channel), slope = get<A>(a.parameters.slope, team.channel);
   }
   __device__ __forceinline__ A operator()(A x) const { return prelu((x - mean) * scale + beta, slope); }
