@@ -71,6 +71,10 @@ def test_goctconv_drawn(gpu: str, case: test_goctconv.Case) -> None:
         test_goctconv.Case(1, (64, 32), (11, 0, 3), (1, 41), kernel=1),
         test_goctconv.Case(1, (37, 43), (5,), (6,), kernel=3, stride=2),
         test_goctconv.Case(2, (64, 48), (4, 3), (3, 2, 1), kernel=1, stride=2),
+        # Rows of whole quads and not, more channels than a patch has rows or columns.
+        test_goctconv.Case(1, (16, 24), (50, 9), (6, 35), kernel=1),
+        test_goctconv.Case(2, (12, 20), (9, 5), (13, 3), kernel=1),
+        test_goctconv.Case(1, (40, 48), (5, 7), (9, 5), kernel=3, stride=2),
     ],
     ids=str,
 )
@@ -125,6 +129,20 @@ def test_dilated_drawn(gpu: str, case: test_goctconv_dilated.Case) -> None:
     runs = case.run(goctconv_dilated), case.reference()
     check_kernels(gpu, *runs, case.tensors(), case.grads(), case.terms())
     check_kernels(gpu, *runs, with_slope(case, sum(case.totals)), [], case.terms())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Shifts by whole quads and by parts of one, more channels than a patch has rows or columns.
+        test_goctconv_dilated.Case(2, (24, 40), (35, 3), (1, 2, 4, 8), ((2, 5, 6, 1), (0, 1, 7, 0))),
+        test_goctconv_dilated.Case(1, (19, 37), (9,), (1, 16, 64), ((6, 1, 2),)),
+    ],
+    ids=str,
+)
+def test_dilated_larger(gpu: str, case: test_goctconv_dilated.Case) -> None:
+    runs = case.run(goctconv_dilated), case.reference()
+    check_kernels(gpu, *runs, case.tensors(), case.grads(), case.terms())
 
 
 @settings(max_examples=EXAMPLES)

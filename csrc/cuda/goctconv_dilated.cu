@@ -145,7 +145,34 @@ cudaError_t run(Arguments<T>& a, bool backward, cudaStream_t stream) {
 }
 
 // ----------------------------------------------------------------------------------- gradient to the weights
-constexpr int rows_per_thread = 2, patch_rows = 4 * rows_per_thread;  // branches have a few channels
+// The branch's outputs are few, so they are what is shifted: with q = p + dilation · t
+//
+//   gw[o][c][t] = Σ_q x[c][q] · g[o][q - dilation · t]
+//
+// has rows of inputs as they are stored and columns of outputs times taps.
+// The patches of every branch (s, d), branch = s * dilations + d, and the slices.
+struct Plan {
+  Parts ins[max_scales], outs[max_scales][max_dilations];
+  int64_t first[max_scales * max_dilations + 1] = {};  // first patch of a branch
+  int64_t weights[max_scales + 1] = {};                // first weight of a scale
+  int64_t patches = 0, slices = 1;
+  Plan() = default;
+  explicit Plan(const DilatedShape& shape) {
+    int64_t most_tiles = 0;
+    const int scales = shape.in.scales;
+    for (int s = 0; s < scales; ++s) {
+      ins[s] = Parts(shape.in.channels[s], patch_rows, rows_per_thread);
+      for (int d = 0; d < shape.dilations; ++d) {
+        outs[s][d] = Parts(shape.branch[s][d], patch_cols / 9, 1);
+        const int64_t here = static_cast<int64_t>(ins[s].count) * outs[s][d].count, tiles = tiles_of(shape.in, s);
+        if (here > 0 && tiles > most_tiles) most_tiles = tiles;
+        first[s * shape.dilations + d + 1] = patches += here;
+      }
+      weights[s + 1] = weights[s] + shape.out.channels[s] * shape.in.channels[s] * 9;
+    }
+    slices = slice_count(patches, most_tiles, weights[scales]);
+  }
+};
 
 template <class T>
 struct Problem {
@@ -153,72 +180,60 @@ struct Problem {
   DilatedShape shape;
   const T* gys[max_scales];
   const T* xs[max_scales];
-  BlockRanges patches;
-  int64_t out[max_scales];  // first weight of a scale
+  bool packed[max_scales];  // rows of whole, aligned quads
+  Plan plan;
 
+  // Some inputs of scale s, and some outputs of one branch.
   struct Place {
-    int s, row0, col0;
-    int64_t channel0, outs;  // the branch's first output channel, and how many it has
-    int64_t dilation;
+    int64_t x, g;  // where the first channels begin, in the first sample
+    int64_t x_sample, g_sample, plane;
+    int s, rows, cols, ins, outs, dilation;
+    bool packed, shifted_packed;  // inputs; and gradients, whose quads may begin anywhere
+    int64_t weight, pitch;        // the first weight, and the distance of two outputs' weights
   };
   __device__ __forceinline__ Place place(int64_t block) const {
-    Place p{};
-    int64_t rest, col;
-    p.s = patches.find(block, shape.in.scales, rest);
-    int64_t row = divide(rest, divide_up<int64_t>(shape.in.channels[p.s] * 9, patch_cols), col);
-    int d = 0;
-    for (;; ++d) {
-      p.outs = shape.branch[p.s][d];
-      const int64_t here = divide_up<int64_t>(p.outs, patch_rows);
-      if (row < here) break;
-      row -= here, p.channel0 += p.outs;
-    }
-    p.dilation = least<int64_t>(shape.dilation[d], 1 << 30);
-    p.row0 = static_cast<int>(row) * patch_rows, p.col0 = static_cast<int>(col) * patch_cols;
+    Place p;
+    int branch = 0;
+    while (block >= plan.first[branch + 1]) ++branch;
+    const int s = branch / shape.dilations, d = branch % shape.dilations;
+    const Parts &ins = plan.ins[s], &outs = plan.outs[s][d];
+    const int part = static_cast<int>(block - plan.first[branch]);
+    const int in0 = part / outs.count * ins.size, out0 = part % outs.count * outs.size;
+    int64_t channel0 = out0;  // of the scale
+    for (int e = 0; e < d; ++e) channel0 += shape.branch[s][e];
+    p.plane = shape.in.area(s);
+    p.x_sample = shape.in.channels[s] * p.plane, p.g_sample = shape.out.channels[s] * p.plane;
+    p.s = s, p.x = in0 * p.plane, p.g = channel0 * p.plane;
+    p.ins = static_cast<int>(least<int64_t>(ins.size, shape.in.channels[s] - in0));
+    p.outs = static_cast<int>(least<int64_t>(outs.size, shape.branch[s][d] - out0));
+    p.rows = static_cast<int>(shape.in.rows(s)), p.cols = static_cast<int>(shape.in.cols(s));
+    // A larger dilation reaches nothing more, and this one lets pixels' places stay in 32 bits.
+    p.dilation = static_cast<int>(least<int64_t>(shape.dilation[d], p.rows > p.cols ? p.rows : p.cols));
+    p.packed = packed[s], p.shifted_packed = packed[s] && p.dilation % 4 == 0;
+    p.pitch = shape.in.channels[s] * 9;
+    p.weight = plan.weights[s] + channel0 * p.pitch + in0 * 9;
     return p;
   }
   __device__ __forceinline__ Patch patch(const Place& p) const {
-    const int64_t pitch = shape.in.channels[p.s] * 9;
-    return {shape.in.batch,
-            static_cast<int>(shape.in.rows(p.s)),
-            static_cast<int>(shape.in.cols(p.s)),
-            static_cast<int>(p.outs) - p.row0,
-            static_cast<int>(pitch) - p.col0,
-            out[p.s] + (p.channel0 + p.row0) * pitch + p.col0,
-            pitch};
+    return {shape.in.batch, p.rows, p.cols, p.ins, p.outs * 9};
   }
-  __device__ __forceinline__ A row(const Place& p, int r, int64_t b, int y, int x) const {
-    const int64_t plane = b * shape.out.channels[p.s] + p.channel0 + p.row0 + r;
-    return widen(gys[p.s][plane * shape.out.area(p.s) + int64_t(y) * shape.out.cols(p.s) + x]);
+  __device__ __forceinline__ int64_t weight(const Place& p, int row, int col) const {
+    return p.weight + col / 9 * p.pitch + row * 9 + col % 9;
   }
-  __device__ __forceinline__ A col(const Place& p, int c, int64_t b, int y, int x) const {
-    const int column = p.col0 + c, t = column % 9;
-    const int64_t yy = y + (t / 3 - 1) * p.dilation, xx = x + (t % 3 - 1) * p.dilation;
-    if (yy < 0 || yy >= shape.in.rows(p.s) || xx < 0 || xx >= shape.in.cols(p.s)) return 0;
-    const int64_t plane = b * shape.in.channels[p.s] + column / 9;
-    return widen(xs[p.s][plane * shape.in.area(p.s) + yy * shape.in.cols(p.s) + xx]);
+  __device__ __forceinline__ void stage(const Place& p, const Quad& at, Pack<A, 4>* rows, Pack<A, 4>* cols) const {
+    copy_lines(xs[p.s] + p.x + at.b * p.x_sample, p.plane, p.ins, p.cols, at, p.packed, rows);
+    const T* planes = gys[p.s] + p.g + at.b * p.g_sample;
+    if (p.shifted_packed)
+      fill_lines<2>(9 * p.outs, cols, [&](int line) { return shifted<true>(planes, p, at, line); });
+    else
+      fill_lines<2>(9 * p.outs, cols, [&](int line) { return shifted<false>(planes, p, at, line); });
   }
-};
-
-struct Plan {
-  BlockRanges patches;
-  int64_t weights[max_scales + 1] = {};  // first weight of a scale
-  int64_t slices = 1;
-  explicit Plan(const DilatedShape& shape) {
-    int64_t most_tiles = 0;
-    const int scales = shape.in.scales;
-    for (int s = 0; s < scales; ++s) {
-      const int64_t cols = shape.in.channels[s] * 9;
-      int64_t here = 0;
-      for (int d = 0; d < shape.dilations; ++d)
-        here += divide_up<int64_t>(shape.branch[s][d], patch_rows) * divide_up<int64_t>(cols, patch_cols);
-      patches.first[s + 1] = patches.first[s] + here;
-      weights[s + 1] = weights[s] + shape.out.channels[s] * cols;
-      const int64_t tiles = shape.in.batch * divide_up<int64_t>(shape.in.rows(s), outer_rows) *
-                            divide_up<int64_t>(shape.in.cols(s), outer_cols);
-      if (here > 0 && tiles > most_tiles) most_tiles = tiles;
-    }
-    slices = slice_count(patches.first[scales], most_tiles, weights[scales]);
+  template <bool whole>
+  __device__ __forceinline__ static Pack<T, 4> shifted(const T* planes, const Place& p, const Quad& at, int line) {
+    const int t = line % 9, y = at.y - (t / 3 - 1) * p.dilation, x = at.x - (t % 3 - 1) * p.dilation;
+    const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(p.rows);
+    const T* row = planes + line / 9 * p.plane + static_cast<int64_t>(y) * p.cols;
+    return read_quad<whole>(row, x, p.cols, inside ? at.count : 0);
   }
 };
 
@@ -263,21 +278,21 @@ cudaError_t dilated_grad_weight(Type type, const DilatedShape& shape, Pointers g
   return for_type(type, [&](auto zero) {
     using T = decltype(zero);
     using A = typename Sum<T>::type;
-    const Plan plan(shape);
-    const int scales = shape.in.scales;
     Problem<T> problem{};
+    problem.plan = Plan(shape);
+    const Plan& plan = problem.plan;
+    const int scales = shape.in.scales;
     Segments<T> out{};
-    problem.shape = shape, problem.patches = plan.patches, out.count = scales;
+    problem.shape = shape, out.count = scales;
     for (int s = 0; s < scales; ++s) {
       problem.gys[s] = static_cast<const T*>(gys[s]), problem.xs[s] = static_cast<const T*>(xs[s]);
-      problem.out[s] = plan.weights[s];
+      problem.packed[s] = whole_quads<T>(gys[s], shape.in.cols(s)) && whole_quads<T>(xs[s], shape.in.cols(s));
       out.data[s] = static_cast<T*>(gweights[s]), out.first[s + 1] = plan.weights[s + 1];
     }
     A* sums = static_cast<A*>(workspace);
     const int64_t weights = plan.weights[scales];
-    const cudaError_t error =
-        launch(outer_product<Problem<T>, rows_per_thread>, plan.patches.first[scales] * plan.slices, outer_threads,
-               stream, problem, sums, weights, plan.slices);
+    const cudaError_t error = launch(outer_product<Problem<T>>, plan.patches * plan.slices, outer_threads, stream,
+                                     problem, sums, weights, plan.slices);
     return error != cudaSuccess ? error : add_all_slices(out, sums, plan.slices, stream);
   });
 }
