@@ -75,6 +75,8 @@ def test_goctconv_drawn(gpu: str, case: test_goctconv.Case) -> None:
         test_goctconv.Case(1, (16, 24), (50, 9), (6, 35), kernel=1),
         test_goctconv.Case(2, (12, 20), (9, 5), (13, 3), kernel=1),
         test_goctconv.Case(1, (40, 48), (5, 7), (9, 5), kernel=3, stride=2),
+        # More slices than one pass adds.
+        test_goctconv.Case(2, (64, 96), (3,), (2,), kernel=1),
     ],
     ids=str,
 )
