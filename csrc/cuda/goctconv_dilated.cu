@@ -3,18 +3,22 @@
 //
 //   y[o][p] = Σ_c Σ_t w[o][c][t] · x[c][p + dilation(o) · t]
 //
-// One launch for all scales. A block has 256 pixels of one scale and sample and 4 channels of one branch, a thread one
-// pixel; weights come through shared memory 32 channels at a time, inputs straight from L1: a plane of the bank (56x56
-// at most in CSNet) fits there, and the blocks of the other branches, which run next to each other, find it in L2. So
-// device memory sees each input once. The gradient to the input walks all branches with the weights turned.
+// One launch for all scales. A thread has a quad of pixels (4 in a row) of one scale and up to 8 channels of one
+// branch, a block 256 quads, of as many samples as that makes. Weights come through shared memory 32 channels at a
+// time, inputs straight from L1, 16 bytes an access where rows are aligned and the dilation is 1, 2 or a multiple of 4;
+// the blocks of the other branches, which run next to each other, find them in L2. So device memory sees each input
+// once. The gradient to the input walks all branches with the weights turned.
 //
-// 18·in FLOPs per output; 9 loads of L1 per 36 multiply-adds: the L1 bounds it, at about half of float32's peak.
+// 18·in FLOPs per output; 9 loads for 36 multiply-adds with every channel of the thread: float32 arithmetic bounds it,
+// and the aim is half of its peak (a branch has an odd number of channels, and loads take their share).
+#include <type_traits>
+
 #include "cuda/outer_product.h"
 
 namespace sodfast::cuda {
 namespace {
 
-constexpr int threads = 256, outs_per_block = 4, chunk = 32;
+constexpr int threads = 256, outs_per_block = 8, chunk = 32;
 
 template <class T>
 struct Arguments {
@@ -23,32 +27,61 @@ struct Arguments {
   const T* sources[max_scales];
   const T* weights[max_scales];
   T* targets[max_scales];
+  bool packed[max_scales];  // rows of sources and targets are whole, aligned quads
   const T *bias, *slope;
   BlockRanges blocks;
 };
 
-// Which taps of a pixel lie inside, as bits, for one dilation.
-struct Taps {
-  int inside = 0, rows = 0, cols = 0;
-  int dilation;
-  __device__ __forceinline__ Taps(int64_t wanted, int y, int x, int rows, int cols)
-      : rows(rows),
-        cols(cols),
-        dilation(static_cast<int>(least<int64_t>(wanted, 1 << 30))) {
-    for (int t = 0; t < 9; ++t) {
-      const int64_t yy = int64_t(y) + (t / 3 - 1) * int64_t(dilation),
-                    xx = int64_t(x) + (t % 3 - 1) * int64_t(dilation);
-      if (yy >= 0 && yy < rows && xx >= 0 && xx < cols) inside |= 1 << t;
+// How a quad and its neighbours `dilation` to the left and right are read: for a dilation of 1 or 2 from the three
+// quads around, for a multiple of 4 as quads, else (and where rows are not aligned) one by one.
+enum class Reach { one = 1, two = 2, quads, any };
+
+template <Reach reach, class T, class A>
+__device__ __forceinline__ void read_taps(const T* row, int x, int cols, int count, int dilation, A (&v)[3][4]) {
+  constexpr bool near = reach == Reach::one || reach == Reach::two;
+  A around[12];
+#pragma unroll
+  for (int n = 0; n < 3; ++n) {
+    const Pack<T, 4> quad = read_quad<reach != Reach::any>(row, x + (n - 1) * (near ? 4 : dilation), cols, count);
+#pragma unroll
+    for (int p = 0; p < 4; ++p) around[4 * n + p] = widen(quad.v[p]);
+  }
+#pragma unroll
+  for (int dx = 0; dx < 3; ++dx)
+#pragma unroll
+    for (int p = 0; p < 4; ++p) v[dx][p] = around[near ? 4 + p + (dx - 1) * static_cast<int>(reach) : 4 * dx + p];
+}
+
+// Adds `count` channels, the first of them `planes`, to the sums of a quad.
+template <Reach reach, class T, class A>
+__device__ __forceinline__ void add_channels(const T* planes, int64_t area, int count, const Quad& at, int rows,
+                                             int cols, int dilation, const Pack<A, 2>* weights, int outs,
+                                             A (&sum)[outs_per_block][4]) {
+#pragma unroll 1
+  for (int c = 0; c < count; ++c, planes += area) {
+    A v[3][3][4];
+#pragma unroll
+    for (int dy = 0; dy < 3; ++dy) {
+      const int y = at.y + (dy - 1) * dilation;
+      const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(rows);
+      read_taps<reach>(planes + static_cast<int64_t>(y) * cols, at.x, cols, inside ? at.count : 0, dilation, v[dy]);
+    }
+    // Outputs two by two: most branches have fewer than eight.
+#pragma unroll
+    for (int pair = 0; pair < outs_per_block / 2; ++pair) {
+      if (2 * pair >= outs) break;
+#pragma unroll
+      for (int t = 0; t < 9; ++t) {
+        const Pack<A, 2> w = weights[(c * 9 + t) * (outs_per_block / 2) + pair];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int p = 0; p < 4; ++p) sum[2 * pair + i][p] += w.v[i] * v[t / 3][t % 3][p];
+      }
     }
   }
-  template <class T>
-  __device__ __forceinline__ typename Sum<T>::type value(const T* pixel, int t) const {
-    if ((inside >> t & 1) == 0) return 0;
-    return widen(pixel[(t / 3 - 1) * int64_t(dilation) * cols + (t % 3 - 1) * int64_t(dilation)]);
-  }
-};
+}
 
-// Two blocks per multiprocessor: left to itself the compiler spills registers for the sake of more.
 template <class T, bool backward>
 __global__ void __launch_bounds__(threads, 2) convolve(const __grid_constant__ Arguments<T> a) {
   using A = typename Sum<T>::type;
@@ -62,72 +95,86 @@ __global__ void __launch_bounds__(threads, 2) convolve(const __grid_constant__ A
     parts = divide_up<int64_t>(a.to.channels[s], outs_per_block);
   else
     for (int d = 0; d < shape.dilations; ++d) parts += divide_up<int64_t>(shape.branch[s][d], outs_per_block);
-  rest = divide(rest, parts, part);
+  const int64_t quad = divide(rest, parts, part) * threads + threadIdx.x;
   int branch = 0;
-  int64_t out0 = 0, outs = a.to.channels[s];
+  int64_t out0 = 0, left = a.to.channels[s];
   if (!backward) {
     for (;; ++branch) {
-      outs = shape.branch[s][branch];
-      const int64_t here = divide_up<int64_t>(outs, outs_per_block);
+      left = shape.branch[s][branch];
+      const int64_t here = divide_up<int64_t>(left, outs_per_block);
       if (part < here) break;
-      part -= here, out0 += outs;
+      part -= here, out0 += left;
     }
   }
-  outs -= part * outs_per_block, out0 += part * outs_per_block;
-  if (outs > outs_per_block) outs = outs_per_block;
+  left -= part * outs_per_block, out0 += part * outs_per_block;
+  const int outs = static_cast<int>(least<int64_t>(left, outs_per_block));
 
-  const int64_t area = a.to.area(s);
-  int64_t pixel_block;
-  const int64_t b = divide(rest, divide_up<int64_t>(area, threads), pixel_block);
-  const int64_t pixel = pixel_block * threads + threadIdx.x;
-  const bool active = pixel < area;
   const int rows = static_cast<int>(a.to.rows(s)), cols = static_cast<int>(a.to.cols(s));
-  int64_t col;
-  const int y = static_cast<int>(divide(active ? pixel : 0, cols, col)), x = static_cast<int>(col);
+  const int64_t area = a.to.area(s), quads_across = divide_up(cols, 4), quads = a.to.batch * rows * quads_across;
+  int64_t quad_x, row;
+  Quad at;
+  at.b = divide(divide(least(quad, quads - 1), quads_across, quad_x), rows, row);
+  at.y = static_cast<int>(row), at.x = static_cast<int>(quad_x) * 4;
+  at.count = quad < quads ? least(4, cols - at.x) : 0;
 
-  A sum[outs_per_block] = {};
+  A sum[outs_per_block][4] = {};
   int64_t source0 = 0;  // first source channel of the branch
   for (int d = backward ? 0 : branch; d < (backward ? shape.dilations : branch + 1); ++d) {
-    const Taps taps(shape.dilation[d], y, x, rows, cols);
+    // A larger dilation reaches nothing more, and this one lets pixels' places stay in 32 bits.
+    const int dilation = static_cast<int>(least<int64_t>(shape.dilation[d], rows > cols ? rows : cols));
     const int64_t sources = backward ? shape.branch[s][d] : a.from.channels[s];
     for (int64_t c0 = 0; c0 < sources; c0 += chunk) {
       const int count = static_cast<int>(least<int64_t>(chunk, sources - c0));
-      for (int e = static_cast<int>(threadIdx.x); e < count * 9 * outs_per_block; e += threads) {
-        const int o = e / (count * 9), line = e - o * count * 9, t = line % 9;
-        const int64_t source = source0 + c0 + line / 9, target = out0 + o;
-        A w = 0;
-        if (o < outs)
-          w = widen(a.weights[s][backward ? (source * a.to.channels[s] + target) * 9 + 8 - t
-                                          : (target * a.from.channels[s] + source) * 9 + t]);
-        weights[line].v[o] = w;
-      }
-      __syncthreads();
-      if (active) {
-        const T* plane = a.sources[s] + (b * a.from.channels[s] + source0 + c0) * area + pixel;
-        for (int c = 0; c < count; ++c, plane += area) {
-          A value[9];
+      __syncthreads();  // the last chunk's readers
+      for (int line = static_cast<int>(threadIdx.x); line < count * 9; line += threads) {
+        const int64_t source = source0 + c0 + line / 9;
+        const int t = line % 9;
 #pragma unroll
-          for (int t = 0; t < 9; ++t) value[t] = taps.value(plane, t);
-#pragma unroll
-          for (int t = 0; t < 9; ++t) {
-            const Pack<A, outs_per_block> w = weights[c * 9 + t];
-#pragma unroll
-            for (int o = 0; o < outs_per_block; ++o) sum[o] += w.v[o] * value[t];
-          }
+        for (int o = 0; o < outs_per_block; ++o) {
+          const int64_t target = out0 + o;
+          A w = 0;
+          if (o < outs)
+            w = widen(a.weights[s][backward ? (source * a.to.channels[s] + target) * 9 + 8 - t
+                                            : (target * a.from.channels[s] + source) * 9 + t]);
+          weights[line].v[o] = w;
         }
       }
       __syncthreads();
+      const T* planes = a.sources[s] + (at.b * a.from.channels[s] + source0 + c0) * area;
+      const auto add = [&](auto reach) {
+        add_channels<decltype(reach)::value>(planes, area, count, at, rows, cols, dilation,
+                                             reinterpret_cast<const Pack<A, 2>*>(weights), outs, sum);
+      };
+      if (a.packed[s] && dilation == 1)
+        add(std::integral_constant<Reach, Reach::one>());
+      else if (a.packed[s] && dilation == 2)
+        add(std::integral_constant<Reach, Reach::two>());
+      else if (a.packed[s] && dilation % 4 == 0)
+        add(std::integral_constant<Reach, Reach::quads>());
+      else
+        add(std::integral_constant<Reach, Reach::any>());
     }
     source0 += sources;
   }
-  if (!active) return;
 #pragma unroll
   for (int o = 0; o < outs_per_block; ++o) {
-    if (o >= outs) continue;
+    if (o >= outs) break;
     const int64_t parameter = a.to.begin(s) + out0 + o;
-    const A z = sum[o] + (a.bias != nullptr ? widen(a.bias[parameter]) : A(0));
-    narrow(a.slope != nullptr ? prelu(z, A(widen(a.slope[parameter]))) : z,
-           a.targets[s][(b * a.to.channels[s] + out0 + o) * area + pixel]);
+    const A bias = a.bias != nullptr ? widen(a.bias[parameter]) : A(0);
+    Pack<T, 4> result;
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      const A z = sum[o][p] + bias;
+      narrow(a.slope != nullptr ? prelu(z, A(widen(a.slope[parameter]))) : z, result.v[p]);
+    }
+    T* target = a.targets[s] + (at.b * a.to.channels[s] + out0 + o) * area + static_cast<int64_t>(at.y) * cols + at.x;
+    if (a.packed[s] && at.count > 0) {
+      *reinterpret_cast<Pack<T, 4>*>(target) = result;
+    } else {
+#pragma unroll
+      for (int p = 0; p < 4; ++p)
+        if (p < at.count) target[p] = result.v[p];
+    }
   }
 }
 
@@ -139,7 +186,9 @@ cudaError_t run(Arguments<T>& a, bool backward, cudaStream_t stream) {
       parts = divide_up<int64_t>(a.to.channels[s], outs_per_block);
     else
       for (int d = 0; d < a.shape.dilations; ++d) parts += divide_up<int64_t>(a.shape.branch[s][d], outs_per_block);
-    a.blocks.first[s + 1] = a.blocks.first[s] + parts * a.to.batch * divide_up<int64_t>(a.to.area(s), threads);
+    const int64_t cols = a.to.cols(s), quads = a.to.batch * a.to.rows(s) * divide_up<int64_t>(cols, 4);
+    a.blocks.first[s + 1] = a.blocks.first[s] + parts * divide_up<int64_t>(quads, threads);
+    a.packed[s] = whole_quads<T>(a.sources[s], cols) && whole_quads<T>(a.targets[s], cols);
   }
   return launch(backward ? convolve<T, true> : convolve<T, false>, a.blocks.first[a.to.scales], threads, stream, a);
 }
