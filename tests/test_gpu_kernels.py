@@ -136,8 +136,10 @@ def test_dilated_drawn(gpu: str, case: test_goctconv_dilated.Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        # Shifts by whole quads and by parts of one, more channels than a patch has rows or columns.
-        test_goctconv_dilated.Case(2, (24, 40), (35, 3), (1, 2, 4, 8), ((2, 5, 6, 1), (0, 1, 7, 0))),
+        # Shifts by whole quads and by parts of one, more channels than a patch has.
+        test_goctconv_dilated.Case(
+            2, (24, 40), (35, 3), (1, 2, 4, 8), ((2, 5, 6, 1), (0, 1, 7, 0))
+        ),
         test_goctconv_dilated.Case(1, (19, 37), (9,), (1, 16, 64), ((6, 1, 2),)),
     ],
     ids=str,
@@ -313,6 +315,19 @@ def test_nan_reaches_exactly_what_depends_on_it(gpu: str) -> None:
                     found.append([y.cpu() for y in ys])
                 for before, moved, nan in zip(*found):
                     assert torch.equal(nan.isnan(), moved != before)
+
+
+@pytest.mark.parametrize("op", ["goctconv", "depthwise"])
+def test_nan_in_a_corner_reaches_only_the_taps_that_meet_it(gpu: str, op: str) -> None:
+    """Beyond the corner no pixel has a gradient; a zero in its place would spread the NaN."""
+    x = torch.ones(1, 1, 5, 6, device=device_of(gpu))
+    x[0, 0, -1, -1] = torch.nan
+    weight = torch.ones(1, 1, 3, 3, device=x.device, requires_grad=True)
+    with running(gpu):
+        (y,) = goctconv([x], weight, (1,)) if op == "goctconv" else goctconv_depthwise([x], weight)
+        (found,) = torch.autograd.grad(y, weight, torch.ones_like(y))
+    expected = torch.tensor([[0, 0, 0], [0, 1, 1], [0, 1, 1]], dtype=torch.bool)
+    assert torch.equal(found[0, 0].isnan().cpu(), expected)
 
 
 SOUND = [

@@ -59,24 +59,24 @@ __device__ __forceinline__ void add_channels(const T* planes, int64_t area, int 
                                              A (&sum)[outs_per_block][4]) {
 #pragma unroll 1
   for (int c = 0; c < count; ++c, planes += area) {
-    A v[3][3][4];
 #pragma unroll
     for (int dy = 0; dy < 3; ++dy) {
       const int y = at.y + (dy - 1) * dilation;
       const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(rows);
-      read_taps<reach>(planes + static_cast<int64_t>(y) * cols, at.x, cols, inside ? at.count : 0, dilation, v[dy]);
-    }
-    // Outputs two by two: most branches have fewer than eight.
+      A v[3][4];
+      read_taps<reach>(planes + static_cast<int64_t>(y) * cols, at.x, cols, inside ? at.count : 0, dilation, v);
+      // Outputs two by two: most branches have fewer than eight.
 #pragma unroll
-    for (int pair = 0; pair < outs_per_block / 2; ++pair) {
-      if (2 * pair >= outs) break;
+      for (int pair = 0; pair < outs_per_block / 2; ++pair) {
+        if (2 * pair >= outs) break;
 #pragma unroll
-      for (int t = 0; t < 9; ++t) {
-        const Pack<A, 2> w = weights[(c * 9 + t) * (outs_per_block / 2) + pair];
+        for (int dx = 0; dx < 3; ++dx) {
+          const Pack<A, 2> w = weights[(c * 9 + dy * 3 + dx) * (outs_per_block / 2) + pair];
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+          for (int i = 0; i < 2; ++i)
 #pragma unroll
-          for (int p = 0; p < 4; ++p) sum[2 * pair + i][p] += w.v[i] * v[t / 3][t % 3][p];
+            for (int p = 0; p < 4; ++p) sum[2 * pair + i][p] += w.v[i] * v[dx][p];
+        }
       }
     }
   }
@@ -85,7 +85,8 @@ __device__ __forceinline__ void add_channels(const T* planes, int64_t area, int 
 template <class T, bool backward>
 __global__ void __launch_bounds__(threads, 2) convolve(const __grid_constant__ Arguments<T> a) {
   using A = typename Sum<T>::type;
-  __shared__ Pack<A, outs_per_block> weights[chunk * 9];
+  __shared__ Pack<A, 2> weights[chunk * 9 * outs_per_block / 2];
+  __shared__ int shared_dilation;
   int64_t rest, part;
   const int s = a.blocks.find(blockIdx.x, a.to.scales, rest);
   const DilatedShape& shape = a.shape;
@@ -118,32 +119,32 @@ __global__ void __launch_bounds__(threads, 2) convolve(const __grid_constant__ A
   at.count = quad < quads ? least(4, cols - at.x) : 0;
 
   A sum[outs_per_block][4] = {};
-  int64_t source0 = 0;  // first source channel of the branch
+  int source0 = 0;  // first source channel of the branch
   for (int d = backward ? 0 : branch; d < (backward ? shape.dilations : branch + 1); ++d) {
-    // A larger dilation reaches nothing more, and this one lets pixels' places stay in 32 bits.
-    const int dilation = static_cast<int>(least<int64_t>(shape.dilation[d], rows > cols ? rows : cols));
-    const int64_t sources = backward ? shape.branch[s][d] : a.from.channels[s];
-    for (int64_t c0 = 0; c0 < sources; c0 += chunk) {
-      const int count = static_cast<int>(least<int64_t>(chunk, sources - c0));
-      __syncthreads();  // the last chunk's readers
+    const int sources = static_cast<int>(backward ? shape.branch[s][d] : a.from.channels[s]);
+    for (int c0 = 0; c0 < sources; c0 += chunk) {
+      const int count = least(chunk, sources - c0);
+      __syncthreads();                                               // the last chunk's readers
+      const int64_t stride = backward ? 9 : a.from.channels[s] * 9;  // of two outputs' weights
+#pragma unroll 1
       for (int line = static_cast<int>(threadIdx.x); line < count * 9; line += threads) {
         const int64_t source = source0 + c0 + line / 9;
         const int t = line % 9;
+        const T* w = a.weights[s] + (backward ? (source * a.to.channels[s] + out0) * 9 + 8 - t
+                                              : (out0 * a.from.channels[s] + source) * 9 + t);
 #pragma unroll
-        for (int o = 0; o < outs_per_block; ++o) {
-          const int64_t target = out0 + o;
-          A w = 0;
-          if (o < outs)
-            w = widen(a.weights[s][backward ? (source * a.to.channels[s] + target) * 9 + 8 - t
-                                            : (target * a.from.channels[s] + source) * 9 + t]);
-          weights[line].v[o] = w;
-        }
+        for (int o = 0; o < outs_per_block; ++o, w += stride)
+          weights[(line * outs_per_block + o) / 2].v[o % 2] = o < outs ? widen(*w) : A(0);
       }
+      // Through shared memory, or the places of all taps would be worked out before the loop, for each way to read
+      // them, and crowd out the sums. A larger dilation reaches nothing more, and this one keeps places in 32 bits.
+      if (threadIdx.x == 0)
+        shared_dilation = static_cast<int>(least<int64_t>(shape.dilation[d], rows > cols ? rows : cols));
       __syncthreads();
+      const int dilation = shared_dilation;
       const T* planes = a.sources[s] + (at.b * a.from.channels[s] + source0 + c0) * area;
       const auto add = [&](auto reach) {
-        add_channels<decltype(reach)::value>(planes, area, count, at, rows, cols, dilation,
-                                             reinterpret_cast<const Pack<A, 2>*>(weights), outs, sum);
+        add_channels<decltype(reach)::value>(planes, area, count, at, rows, cols, dilation, weights, outs, sum);
       };
       if (a.packed[s] && dilation == 1)
         add(std::integral_constant<Reach, Reach::one>());
@@ -156,16 +157,16 @@ __global__ void __launch_bounds__(threads, 2) convolve(const __grid_constant__ A
     }
     source0 += sources;
   }
+  const int64_t parameter = a.to.begin(s) + out0;
 #pragma unroll
   for (int o = 0; o < outs_per_block; ++o) {
     if (o >= outs) break;
-    const int64_t parameter = a.to.begin(s) + out0 + o;
-    const A bias = a.bias != nullptr ? widen(a.bias[parameter]) : A(0);
+    const A bias = a.bias != nullptr ? widen(a.bias[parameter + o]) : A(0);
     Pack<T, 4> result;
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
       const A z = sum[o][p] + bias;
-      narrow(a.slope != nullptr ? prelu(z, A(widen(a.slope[parameter]))) : z, result.v[p]);
+      narrow(a.slope != nullptr ? prelu(z, A(widen(a.slope[parameter + o]))) : z, result.v[p]);
     }
     T* target = a.targets[s] + (at.b * a.to.channels[s] + out0 + o) * area + static_cast<int64_t>(at.y) * cols + at.x;
     if (a.packed[s] && at.count > 0) {
@@ -198,7 +199,8 @@ cudaError_t run(Arguments<T>& a, bool backward, cudaStream_t stream) {
 //
 //   gw[o][c][t] = Σ_q x[c][q] · g[o][q - dilation · t]
 //
-// has rows of inputs as they are stored and columns of outputs times taps.
+// has rows of inputs as they are stored and columns of outputs times taps. A NaN or an infinity in x so
+// reaches all nine taps, also one whose pixel lies outside.
 // The patches of every branch (s, d), branch = s * dilations + d, and the slices.
 struct Plan {
   Parts ins[max_scales], outs[max_scales][max_dilations];
