@@ -6,7 +6,8 @@
 // A thread has 4 x 4 pixels of a plane: it reads 6 rows of 6 values (4 of them in one access where the rows are
 // aligned) and writes 4 of 4; neighbours' values come from L1. 18 FLOPs per output, 8 bytes of device memory in
 // float32 (4 in half precision): memory bounds it. The aim is the copy bandwidth. The gradient to the weight reads x
-// and g once: a block sums one channel's slice of samples and rows, a second launch adds the slices.
+// and g once and aims at the same: a block sums one channel's slice of its strips, every thread reads all of a strip
+// (4 rows of g, 6 of x) before its 144 multiply-adds, a second launch adds the slices.
 #include "cuda/depthwise_rows.h"
 #include "cuda/reduce.h"
 #include "cuda/slices.h"

@@ -199,8 +199,9 @@ cudaError_t run(Arguments<T>& a, bool backward, cudaStream_t stream) {
 //
 //   gw[o][c][t] = Σ_q x[c][q] · g[o][q - dilation · t]
 //
-// has rows of inputs as they are stored and columns of outputs times taps. A NaN or an infinity in x so
-// reaches all nine taps, also one whose pixel lies outside.
+// has rows of inputs as they are stored and columns of outputs times taps. A NaN or an infinity in x
+// therefore reaches all nine taps, also one whose pixel lies outside.
+
 // The patches of every branch (s, d), branch = s * dilations + d, and the slices.
 struct Plan {
   Parts ins[max_scales], outs[max_scales][max_dilations];

@@ -50,7 +50,7 @@ cudaError_t add_all_slices(const Segments<T>& out, const typename Sum<T>::type* 
 // How many slices: enough blocks to fill a large GPU a few times over, a tile or more in each, and a bounded
 // workspace. A function of the shape alone, so that results do not depend on the GPU.
 inline int64_t slice_count(int64_t patches, int64_t tiles, int64_t weights) {
-  constexpr int64_t blocks = 2048, most_values = int64_t(1) << 24;
+  constexpr int64_t blocks = 1024, most_values = int64_t(1) << 24;
   if (patches == 0 || weights == 0) return 1;
   int64_t slices = least(divide_up(blocks, patches), divide_up<int64_t>(tiles, 2));
   slices = least(slices, most_values / weights);
