@@ -71,6 +71,12 @@ def test_goctconv_drawn(gpu: str, case: test_goctconv.Case) -> None:
         test_goctconv.Case(1, (64, 32), (11, 0, 3), (1, 41), kernel=1),
         test_goctconv.Case(1, (37, 43), (5,), (6,), kernel=3, stride=2),
         test_goctconv.Case(2, (64, 48), (4, 3), (3, 2, 1), kernel=1, stride=2),
+        # Rows of whole quads and not, more channels than a patch has rows or columns.
+        test_goctconv.Case(1, (16, 24), (50, 9), (6, 35), kernel=1),
+        test_goctconv.Case(2, (12, 20), (9, 5), (13, 3), kernel=1),
+        test_goctconv.Case(1, (40, 48), (5, 7), (9, 5), kernel=3, stride=2),
+        # More slices than one pass adds.
+        test_goctconv.Case(2, (64, 96), (3,), (2,), kernel=1),
     ],
     ids=str,
 )
@@ -125,6 +131,22 @@ def test_dilated_drawn(gpu: str, case: test_goctconv_dilated.Case) -> None:
     runs = case.run(goctconv_dilated), case.reference()
     check_kernels(gpu, *runs, case.tensors(), case.grads(), case.terms())
     check_kernels(gpu, *runs, with_slope(case, sum(case.totals)), [], case.terms())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Shifts by whole quads and by parts of one, more channels than a patch has.
+        test_goctconv_dilated.Case(
+            2, (24, 40), (35, 3), (1, 2, 4, 8), ((2, 5, 6, 1), (0, 1, 7, 0))
+        ),
+        test_goctconv_dilated.Case(1, (19, 37), (9,), (1, 16, 64), ((6, 1, 2),)),
+    ],
+    ids=str,
+)
+def test_dilated_larger(gpu: str, case: test_goctconv_dilated.Case) -> None:
+    runs = case.run(goctconv_dilated), case.reference()
+    check_kernels(gpu, *runs, case.tensors(), case.grads(), case.terms())
 
 
 @settings(max_examples=EXAMPLES)
@@ -293,6 +315,19 @@ def test_nan_reaches_exactly_what_depends_on_it(gpu: str) -> None:
                     found.append([y.cpu() for y in ys])
                 for before, moved, nan in zip(*found):
                     assert torch.equal(nan.isnan(), moved != before)
+
+
+@pytest.mark.parametrize("op", ["goctconv", "depthwise"])
+def test_nan_in_a_corner_reaches_only_the_taps_that_meet_it(gpu: str, op: str) -> None:
+    """Beyond the corner no pixel has a gradient; a zero in its place would spread the NaN."""
+    x = torch.ones(1, 1, 5, 6, device=device_of(gpu))
+    x[0, 0, -1, -1] = torch.nan
+    weight = torch.ones(1, 1, 3, 3, device=x.device, requires_grad=True)
+    with running(gpu):
+        (y,) = goctconv([x], weight, (1,)) if op == "goctconv" else goctconv_depthwise([x], weight)
+        (found,) = torch.autograd.grad(y, weight, torch.ones_like(y))
+    expected = torch.tensor([[0, 0, 0], [0, 1, 1], [0, 1, 1]], dtype=torch.bool)
+    assert torch.equal(found[0, 0].isnan().cpu(), expected)
 
 
 SOUND = [

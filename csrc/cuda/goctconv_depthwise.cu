@@ -6,7 +6,8 @@
 // A thread has 4 x 4 pixels of a plane: it reads 6 rows of 6 values (4 of them in one access where the rows are
 // aligned) and writes 4 of 4; neighbours' values come from L1. 18 FLOPs per output, 8 bytes of device memory in
 // float32 (4 in half precision): memory bounds it. The aim is the copy bandwidth. The gradient to the weight reads x
-// and g once: a block sums one channel's slice of samples and rows, a second launch adds the slices.
+// and g once and aims at the same: a block sums one channel's slice of its strips, every thread reads all of a strip
+// (4 rows of g, 6 of x) before its 144 multiply-adds, a second launch adds the slices.
 #include "cuda/depthwise_rows.h"
 #include "cuda/reduce.h"
 #include "cuda/slices.h"
@@ -101,49 +102,66 @@ __global__ void __launch_bounds__(threads) convolve(const __grid_constant__ Argu
   }
 }
 
-// Block: one channel, one slice of its samples' rows, in items of one row and 4 pixels.
+// Adds what a strip (4 x 4 pixels from (y, x) on) of g and its neighbourhood in x give the nine taps. A pixel that does
+// not exist must not meet its neighbours: zero times NaN is NaN.
+template <bool aligned, class T, class A>
+__device__ __forceinline__ void add_strip(const T* g, const T* in, int y, int x, int rows, int cols, A (&sum)[9]) {
+  A gradient[strip][6], v[strip + 2][6];  // all reads before the first product, so that their latencies overlap
+#pragma unroll
+  for (int o = 0; o < strip; ++o) read_row(g, y + o, x, rows, cols, aligned, gradient[o]);
+#pragma unroll
+  for (int r = 0; r < strip + 2; ++r) read_row(in, y + r - 1, x, rows, cols, aligned, v[r]);
+#pragma unroll
+  for (int o = 0; o < strip; ++o) {
+    if (y + o >= rows) break;
+#pragma unroll
+    for (int p = 0; p < lane_pixels; ++p)
+      if (aligned || x + p < cols)
+#pragma unroll
+        for (int t = 0; t < 9; ++t) sum[t] += gradient[o][1 + p] * v[o + t / 3][p + t % 3];
+  }
+}
+
+// Block: one channel, one slice of its strips. blocks: the channels of the scales.
 template <class T, bool adjacent>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 2)  // 3 would spill registers
     correlate(const __grid_constant__ Arguments<T> a, typename Sum<T>::type* workspace, int64_t slices) {
   using A = typename Sum<T>::type;
   __shared__ A shared[threads / 32 * 9];
-  int64_t slice;
+  int64_t slice, channel;
   const int64_t index = divide(blockIdx.x, slices, slice);
-  int s = 0;
-  while (index >= a.maps.begin(s + 1)) ++s;
-  const int64_t channel = index - a.maps.begin(s);
+  const int s = a.blocks.find(index, a.maps.scales, channel);
   const int rows = static_cast<int>(a.maps.rows(s)), cols = static_cast<int>(a.maps.cols(s));
-  const int64_t quads = divide_up(cols, lane_pixels), items = a.maps.batch * rows * quads;
+  const int64_t quads = divide_up(cols, lane_pixels), strips = divide_up(rows, strip);
+  const int64_t items = a.maps.batch * strips * quads, end = (slice + 1) * items / slices;
+  const bool aligned = a.aligned[s];
   A sum[9] = {};
-  for (int64_t i = slice * items / slices + threadIdx.x; i < (slice + 1) * items / slices; i += threads) {
+  for (int64_t i = slice * items / slices + threadIdx.x; i < end; i += threads) {
     int64_t quad, row;
-    const int64_t b = divide(divide(i, quads, quad), rows, row);
-    const int y = static_cast<int>(row), x = static_cast<int>(quad) * lane_pixels;
+    const int64_t b = divide(divide(i, quads, quad), strips, row);
+    const int y = static_cast<int>(row) * strip, x = static_cast<int>(quad) * lane_pixels;
     const int64_t plane = (b * a.maps.channels[s] + channel) * a.maps.area(s);
-    A g[6];
-    read_row(a.gys[s] + plane, y, x, rows, cols, a.aligned[s], g);
-    if (adjacent) {
-#pragma unroll
-      for (int dy = 0; dy < 3; ++dy) {
-        A v[6];
-        read_row(a.xs[s] + plane, y + dy - 1, x, rows, cols, a.aligned[s], v);
-#pragma unroll
-        for (int dx = 0; dx < 3; ++dx)
-#pragma unroll
-          for (int p = 0; p < lane_pixels; ++p) sum[dy * 3 + dx] += g[1 + p] * v[p + dx];
-      }
+    const T *g = a.gys[s] + plane, *in = a.xs[s] + plane;
+    if (adjacent && aligned) {
+      add_strip<true>(g, in, y, x, rows, cols, sum);
+    } else if (adjacent) {
+      add_strip<false>(g, in, y, x, rows, cols, sum);
     } else {
+#pragma unroll 1
+      for (int pixel = 0; pixel < strip * lane_pixels; ++pixel) {
+        const int yy = y + pixel / lane_pixels, xx = x + pixel % lane_pixels;
+        if (yy >= rows || xx >= cols) continue;
+        const A gradient = widen(g[static_cast<int64_t>(yy) * cols + xx]);
 #pragma unroll
-      for (int p = 0; p < lane_pixels; ++p)
-        if (x + p < cols)
-#pragma unroll
-          for (int t = 0; t < 9; ++t) sum[t] += g[1 + p] * tap(a.xs[s] + plane, y, x + p, t, a.dilation, rows, cols);
+        for (int t = 0; t < 9; ++t) sum[t] += gradient * tap(in, yy, xx, t, a.dilation, rows, cols);
+      }
     }
   }
   block_sums(sum, shared, threads / 32);
-  if (threadIdx.x == 0)
+  A* out = workspace + (slice * a.blocks.first[a.maps.scales] + index) * 9;
 #pragma unroll
-    for (int t = 0; t < 9; ++t) workspace[(slice * a.maps.total() + index) * 9 + t] = sum[t];
+  for (int t = 0; t < 9; ++t)
+    if (threadIdx.x == 0) out[t] = sum[t];
 }
 
 template <class T>
@@ -158,10 +176,15 @@ Arguments<T> arguments_for(const DepthwiseShape& shape, Pointers xs, Pointers ot
   return a;
 }
 
+// The strips of a plane of scale s and of the same plane of every other sample.
+int64_t items_of(const Pyramid& maps, int s) {
+  return maps.batch * divide_up<int64_t>(maps.rows(s), strip) * divide_up<int64_t>(maps.cols(s), lane_pixels);
+}
+
 int64_t slices_for(const Pyramid& maps) {
   int64_t most = 0;
   for (int s = 0; s < maps.scales; ++s) {
-    const int64_t items = maps.batch * maps.rows(s) * divide_up<int64_t>(maps.cols(s), lane_pixels);
+    const int64_t items = items_of(maps, s);
     if (maps.channels[s] > 0 && items > most) most = items;
   }
   return slice_count(maps.total(), divide_up<int64_t>(most, threads), maps.total() * 9);
@@ -178,9 +201,7 @@ cudaError_t depthwise(Type type, const DepthwiseShape& shape, Pointers xs, const
     a.slope = static_cast<const T*>(slope), a.flip = flip;
     for (int s = 0; s < a.maps.scales; ++s) {
       a.ys[s] = static_cast<T*>(ys[s]);
-      const int64_t items = a.maps.batch * a.maps.channels[s] * divide_up<int64_t>(a.maps.rows(s), strip) *
-                            divide_up<int64_t>(a.maps.cols(s), lane_pixels);
-      a.blocks.first[s + 1] = a.blocks.first[s] + divide_up<int64_t>(items, threads);
+      a.blocks.first[s + 1] = a.blocks.first[s] + divide_up<int64_t>(items_of(a.maps, s) * a.maps.channels[s], threads);
     }
     return launch(a.dilation == 1 ? convolve<T, true> : convolve<T, false>, a.blocks.first[a.maps.scales], threads,
                   stream, a);
@@ -197,7 +218,8 @@ cudaError_t depthwise_grad_weight(Type type, const DepthwiseShape& shape, Pointe
     using T = decltype(zero);
     using A = typename Sum<T>::type;
     Arguments<T> a = arguments_for<T>(shape, xs, gys);
-    for (int s = 0; s < a.maps.scales; ++s) a.gys[s] = static_cast<const T*>(gys[s]);
+    for (int s = 0; s < a.maps.scales; ++s)
+      a.gys[s] = static_cast<const T*>(gys[s]), a.blocks.first[s + 1] = a.maps.begin(s + 1);
     A* sums = static_cast<A*>(workspace);
     const int64_t slices = slices_for(a.maps), channels = a.maps.total();
     const cudaError_t error = launch(a.dilation == 1 ? correlate<T, true> : correlate<T, false>, channels * slices,

@@ -3,18 +3,22 @@
 //
 //   y[o][p] = Σ_c Σ_t w[o][c][t] · x[c][p + dilation(o) · t]
 //
-// One launch for all scales. A block has 256 pixels of one scale and sample and 4 channels of one branch, a thread one
-// pixel; weights come through shared memory 32 channels at a time, inputs straight from L1: a plane of the bank (56x56
-// at most in CSNet) fits there, and the blocks of the other branches, which run next to each other, find it in L2. So
-// device memory sees each input once. The gradient to the input walks all branches with the weights turned.
+// One launch for all scales. A thread has a quad of pixels (4 in a row) of one scale and up to 8 channels of one
+// branch, a block 256 quads, of as many samples as that makes. Weights come through shared memory 32 channels at a
+// time, inputs straight from L1, 16 bytes an access where rows are aligned and the dilation is 1, 2 or a multiple of 4;
+// the blocks of the other branches, which run next to each other, find them in L2. So device memory sees each input
+// once. The gradient to the input walks all branches with the weights turned.
 //
-// 18·in FLOPs per output; 9 loads of L1 per 36 multiply-adds: the L1 bounds it, at about half of float32's peak.
+// 18·in FLOPs per output; 9 loads for 36 multiply-adds with every channel of the thread: float32 arithmetic bounds it,
+// and the aim is half of its peak (a branch has an odd number of channels, and loads take their share).
+#include <type_traits>
+
 #include "cuda/outer_product.h"
 
 namespace sodfast::cuda {
 namespace {
 
-constexpr int threads = 256, outs_per_block = 4, chunk = 32;
+constexpr int threads = 256, outs_per_block = 8, chunk = 32;
 
 template <class T>
 struct Arguments {
@@ -23,36 +27,66 @@ struct Arguments {
   const T* sources[max_scales];
   const T* weights[max_scales];
   T* targets[max_scales];
+  bool packed[max_scales];  // rows of sources and targets are whole, aligned quads
   const T *bias, *slope;
   BlockRanges blocks;
 };
 
-// Which taps of a pixel lie inside, as bits, for one dilation.
-struct Taps {
-  int inside = 0, rows = 0, cols = 0;
-  int dilation;
-  __device__ __forceinline__ Taps(int64_t wanted, int y, int x, int rows, int cols)
-      : rows(rows),
-        cols(cols),
-        dilation(static_cast<int>(least<int64_t>(wanted, 1 << 30))) {
-    for (int t = 0; t < 9; ++t) {
-      const int64_t yy = int64_t(y) + (t / 3 - 1) * int64_t(dilation),
-                    xx = int64_t(x) + (t % 3 - 1) * int64_t(dilation);
-      if (yy >= 0 && yy < rows && xx >= 0 && xx < cols) inside |= 1 << t;
+// How a quad and its neighbours `dilation` to the left and right are read: for a dilation of 1 or 2 from the three
+// quads around, for a multiple of 4 as quads, else (and where rows are not aligned) one by one.
+enum class Reach { one = 1, two = 2, quads, any };
+
+template <Reach reach, class T, class A>
+__device__ __forceinline__ void read_taps(const T* row, int x, int cols, int count, int dilation, A (&v)[3][4]) {
+  constexpr bool near = reach == Reach::one || reach == Reach::two;
+  A around[12];
+#pragma unroll
+  for (int n = 0; n < 3; ++n) {
+    const Pack<T, 4> quad = read_quad<reach != Reach::any>(row, x + (n - 1) * (near ? 4 : dilation), cols, count);
+#pragma unroll
+    for (int p = 0; p < 4; ++p) around[4 * n + p] = widen(quad.v[p]);
+  }
+#pragma unroll
+  for (int dx = 0; dx < 3; ++dx)
+#pragma unroll
+    for (int p = 0; p < 4; ++p) v[dx][p] = around[near ? 4 + p + (dx - 1) * static_cast<int>(reach) : 4 * dx + p];
+}
+
+// Adds `count` channels, the first of them `planes`, to the sums of a quad.
+template <Reach reach, class T, class A>
+__device__ __forceinline__ void add_channels(const T* planes, int64_t area, int count, const Quad& at, int rows,
+                                             int cols, int dilation, const Pack<A, 2>* weights, int outs,
+                                             A (&sum)[outs_per_block][4]) {
+#pragma unroll 1
+  for (int c = 0; c < count; ++c, planes += area) {
+#pragma unroll
+    for (int dy = 0; dy < 3; ++dy) {
+      const int y = at.y + (dy - 1) * dilation;
+      const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(rows);
+      A v[3][4];
+      read_taps<reach>(planes + static_cast<int64_t>(y) * cols, at.x, cols, inside ? at.count : 0, dilation, v);
+      // Outputs two by two: most branches have fewer than eight.
+#pragma unroll
+      for (int pair = 0; pair < outs_per_block / 2; ++pair) {
+        if (2 * pair >= outs) break;
+#pragma unroll
+        for (int dx = 0; dx < 3; ++dx) {
+          const Pack<A, 2> w = weights[(c * 9 + dy * 3 + dx) * (outs_per_block / 2) + pair];
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int p = 0; p < 4; ++p) sum[2 * pair + i][p] += w.v[i] * v[dx][p];
+        }
+      }
     }
   }
-  template <class T>
-  __device__ __forceinline__ typename Sum<T>::type value(const T* pixel, int t) const {
-    if ((inside >> t & 1) == 0) return 0;
-    return widen(pixel[(t / 3 - 1) * int64_t(dilation) * cols + (t % 3 - 1) * int64_t(dilation)]);
-  }
-};
+}
 
-// Two blocks per multiprocessor: left to itself the compiler spills registers for the sake of more.
 template <class T, bool backward>
 __global__ void __launch_bounds__(threads, 2) convolve(const __grid_constant__ Arguments<T> a) {
   using A = typename Sum<T>::type;
-  __shared__ Pack<A, outs_per_block> weights[chunk * 9];
+  __shared__ Pack<A, 2> weights[chunk * 9 * outs_per_block / 2];
+  __shared__ int shared_dilation;
   int64_t rest, part;
   const int s = a.blocks.find(blockIdx.x, a.to.scales, rest);
   const DilatedShape& shape = a.shape;
@@ -62,72 +96,86 @@ __global__ void __launch_bounds__(threads, 2) convolve(const __grid_constant__ A
     parts = divide_up<int64_t>(a.to.channels[s], outs_per_block);
   else
     for (int d = 0; d < shape.dilations; ++d) parts += divide_up<int64_t>(shape.branch[s][d], outs_per_block);
-  rest = divide(rest, parts, part);
+  const int64_t quad = divide(rest, parts, part) * threads + threadIdx.x;
   int branch = 0;
-  int64_t out0 = 0, outs = a.to.channels[s];
+  int64_t out0 = 0, left = a.to.channels[s];
   if (!backward) {
     for (;; ++branch) {
-      outs = shape.branch[s][branch];
-      const int64_t here = divide_up<int64_t>(outs, outs_per_block);
+      left = shape.branch[s][branch];
+      const int64_t here = divide_up<int64_t>(left, outs_per_block);
       if (part < here) break;
-      part -= here, out0 += outs;
+      part -= here, out0 += left;
     }
   }
-  outs -= part * outs_per_block, out0 += part * outs_per_block;
-  if (outs > outs_per_block) outs = outs_per_block;
+  left -= part * outs_per_block, out0 += part * outs_per_block;
+  const int outs = static_cast<int>(least<int64_t>(left, outs_per_block));
 
-  const int64_t area = a.to.area(s);
-  int64_t pixel_block;
-  const int64_t b = divide(rest, divide_up<int64_t>(area, threads), pixel_block);
-  const int64_t pixel = pixel_block * threads + threadIdx.x;
-  const bool active = pixel < area;
   const int rows = static_cast<int>(a.to.rows(s)), cols = static_cast<int>(a.to.cols(s));
-  int64_t col;
-  const int y = static_cast<int>(divide(active ? pixel : 0, cols, col)), x = static_cast<int>(col);
+  const int64_t area = a.to.area(s), quads_across = divide_up(cols, 4), quads = a.to.batch * rows * quads_across;
+  int64_t quad_x, row;
+  Quad at;
+  at.b = divide(divide(least(quad, quads - 1), quads_across, quad_x), rows, row);
+  at.y = static_cast<int>(row), at.x = static_cast<int>(quad_x) * 4;
+  at.count = quad < quads ? least(4, cols - at.x) : 0;
 
-  A sum[outs_per_block] = {};
-  int64_t source0 = 0;  // first source channel of the branch
+  A sum[outs_per_block][4] = {};
+  int source0 = 0;  // first source channel of the branch
   for (int d = backward ? 0 : branch; d < (backward ? shape.dilations : branch + 1); ++d) {
-    const Taps taps(shape.dilation[d], y, x, rows, cols);
-    const int64_t sources = backward ? shape.branch[s][d] : a.from.channels[s];
-    for (int64_t c0 = 0; c0 < sources; c0 += chunk) {
-      const int count = static_cast<int>(least<int64_t>(chunk, sources - c0));
-      for (int e = static_cast<int>(threadIdx.x); e < count * 9 * outs_per_block; e += threads) {
-        const int o = e / (count * 9), line = e - o * count * 9, t = line % 9;
-        const int64_t source = source0 + c0 + line / 9, target = out0 + o;
-        A w = 0;
-        if (o < outs)
-          w = widen(a.weights[s][backward ? (source * a.to.channels[s] + target) * 9 + 8 - t
-                                          : (target * a.from.channels[s] + source) * 9 + t]);
-        weights[line].v[o] = w;
+    const int sources = static_cast<int>(backward ? shape.branch[s][d] : a.from.channels[s]);
+    for (int c0 = 0; c0 < sources; c0 += chunk) {
+      const int count = least(chunk, sources - c0);
+      __syncthreads();                                               // the last chunk's readers
+      const int64_t stride = backward ? 9 : a.from.channels[s] * 9;  // of two outputs' weights
+#pragma unroll 1
+      for (int line = static_cast<int>(threadIdx.x); line < count * 9; line += threads) {
+        const int64_t source = source0 + c0 + line / 9;
+        const int t = line % 9;
+        const T* w = a.weights[s] + (backward ? (source * a.to.channels[s] + out0) * 9 + 8 - t
+                                              : (out0 * a.from.channels[s] + source) * 9 + t);
+#pragma unroll
+        for (int o = 0; o < outs_per_block; ++o, w += stride)
+          weights[(line * outs_per_block + o) / 2].v[o % 2] = o < outs ? widen(*w) : A(0);
       }
+      // Through shared memory, or the places of all taps would be worked out before the loop, for each way to read
+      // them, and crowd out the sums. A larger dilation reaches nothing more, and this one keeps places in 32 bits.
+      if (threadIdx.x == 0)
+        shared_dilation = static_cast<int>(least<int64_t>(shape.dilation[d], rows > cols ? rows : cols));
       __syncthreads();
-      if (active) {
-        const T* plane = a.sources[s] + (b * a.from.channels[s] + source0 + c0) * area + pixel;
-        for (int c = 0; c < count; ++c, plane += area) {
-          A value[9];
-#pragma unroll
-          for (int t = 0; t < 9; ++t) value[t] = taps.value(plane, t);
-#pragma unroll
-          for (int t = 0; t < 9; ++t) {
-            const Pack<A, outs_per_block> w = weights[c * 9 + t];
-#pragma unroll
-            for (int o = 0; o < outs_per_block; ++o) sum[o] += w.v[o] * value[t];
-          }
-        }
-      }
-      __syncthreads();
+      const int dilation = shared_dilation;
+      const T* planes = a.sources[s] + (at.b * a.from.channels[s] + source0 + c0) * area;
+      const auto add = [&](auto reach) {
+        add_channels<decltype(reach)::value>(planes, area, count, at, rows, cols, dilation, weights, outs, sum);
+      };
+      if (a.packed[s] && dilation == 1)
+        add(std::integral_constant<Reach, Reach::one>());
+      else if (a.packed[s] && dilation == 2)
+        add(std::integral_constant<Reach, Reach::two>());
+      else if (a.packed[s] && dilation % 4 == 0)
+        add(std::integral_constant<Reach, Reach::quads>());
+      else
+        add(std::integral_constant<Reach, Reach::any>());
     }
     source0 += sources;
   }
-  if (!active) return;
+  const int64_t parameter = a.to.begin(s) + out0;
 #pragma unroll
   for (int o = 0; o < outs_per_block; ++o) {
-    if (o >= outs) continue;
-    const int64_t parameter = a.to.begin(s) + out0 + o;
-    const A z = sum[o] + (a.bias != nullptr ? widen(a.bias[parameter]) : A(0));
-    narrow(a.slope != nullptr ? prelu(z, A(widen(a.slope[parameter]))) : z,
-           a.targets[s][(b * a.to.channels[s] + out0 + o) * area + pixel]);
+    if (o >= outs) break;
+    const A bias = a.bias != nullptr ? widen(a.bias[parameter + o]) : A(0);
+    Pack<T, 4> result;
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      const A z = sum[o][p] + bias;
+      narrow(a.slope != nullptr ? prelu(z, A(widen(a.slope[parameter + o]))) : z, result.v[p]);
+    }
+    T* target = a.targets[s] + (at.b * a.to.channels[s] + out0 + o) * area + static_cast<int64_t>(at.y) * cols + at.x;
+    if (a.packed[s] && at.count > 0) {
+      *reinterpret_cast<Pack<T, 4>*>(target) = result;
+    } else {
+#pragma unroll
+      for (int p = 0; p < 4; ++p)
+        if (p < at.count) target[p] = result.v[p];
+    }
   }
 }
 
@@ -139,13 +187,44 @@ cudaError_t run(Arguments<T>& a, bool backward, cudaStream_t stream) {
       parts = divide_up<int64_t>(a.to.channels[s], outs_per_block);
     else
       for (int d = 0; d < a.shape.dilations; ++d) parts += divide_up<int64_t>(a.shape.branch[s][d], outs_per_block);
-    a.blocks.first[s + 1] = a.blocks.first[s] + parts * a.to.batch * divide_up<int64_t>(a.to.area(s), threads);
+    const int64_t cols = a.to.cols(s), quads = a.to.batch * a.to.rows(s) * divide_up<int64_t>(cols, 4);
+    a.blocks.first[s + 1] = a.blocks.first[s] + parts * divide_up<int64_t>(quads, threads);
+    a.packed[s] = whole_quads<T>(a.sources[s], cols) && whole_quads<T>(a.targets[s], cols);
   }
   return launch(backward ? convolve<T, true> : convolve<T, false>, a.blocks.first[a.to.scales], threads, stream, a);
 }
 
 // ----------------------------------------------------------------------------------- gradient to the weights
-constexpr int rows_per_thread = 2, patch_rows = 4 * rows_per_thread;  // branches have a few channels
+// The branch's outputs are few, so they are what is shifted: with q = p + dilation · t
+//
+//   gw[o][c][t] = Σ_q x[c][q] · g[o][q - dilation · t]
+//
+// has rows of inputs as they are stored and columns of outputs times taps. A NaN or an infinity in x
+// therefore reaches all nine taps, also one whose pixel lies outside.
+
+// The patches of every branch (s, d), branch = s * dilations + d, and the slices.
+struct Plan {
+  Parts ins[max_scales], outs[max_scales][max_dilations];
+  int64_t first[max_scales * max_dilations + 1] = {};  // first patch of a branch
+  int64_t weights[max_scales + 1] = {};                // first weight of a scale
+  int64_t patches = 0, slices = 1;
+  Plan() = default;
+  explicit Plan(const DilatedShape& shape) {
+    int64_t most_tiles = 0;
+    const int scales = shape.in.scales;
+    for (int s = 0; s < scales; ++s) {
+      ins[s] = Parts(shape.in.channels[s], patch_rows, rows_per_thread);
+      for (int d = 0; d < shape.dilations; ++d) {
+        outs[s][d] = Parts(shape.branch[s][d], patch_cols / 9, 1);
+        const int64_t here = static_cast<int64_t>(ins[s].count) * outs[s][d].count, tiles = tiles_of(shape.in, s);
+        if (here > 0 && tiles > most_tiles) most_tiles = tiles;
+        first[s * shape.dilations + d + 1] = patches += here;
+      }
+      weights[s + 1] = weights[s] + shape.out.channels[s] * shape.in.channels[s] * 9;
+    }
+    slices = slice_count(patches, most_tiles, weights[scales]);
+  }
+};
 
 template <class T>
 struct Problem {
@@ -153,72 +232,60 @@ struct Problem {
   DilatedShape shape;
   const T* gys[max_scales];
   const T* xs[max_scales];
-  BlockRanges patches;
-  int64_t out[max_scales];  // first weight of a scale
+  bool packed[max_scales];  // rows of whole, aligned quads
+  Plan plan;
 
+  // Some inputs of scale s, and some outputs of one branch.
   struct Place {
-    int s, row0, col0;
-    int64_t channel0, outs;  // the branch's first output channel, and how many it has
-    int64_t dilation;
+    int64_t x, g;  // where the first channels begin, in the first sample
+    int64_t x_sample, g_sample, plane;
+    int s, rows, cols, ins, outs, dilation;
+    bool packed, shifted_packed;  // inputs; and gradients, whose quads may begin anywhere
+    int64_t weight, pitch;        // the first weight, and the distance of two outputs' weights
   };
   __device__ __forceinline__ Place place(int64_t block) const {
-    Place p{};
-    int64_t rest, col;
-    p.s = patches.find(block, shape.in.scales, rest);
-    int64_t row = divide(rest, divide_up<int64_t>(shape.in.channels[p.s] * 9, patch_cols), col);
-    int d = 0;
-    for (;; ++d) {
-      p.outs = shape.branch[p.s][d];
-      const int64_t here = divide_up<int64_t>(p.outs, patch_rows);
-      if (row < here) break;
-      row -= here, p.channel0 += p.outs;
-    }
-    p.dilation = least<int64_t>(shape.dilation[d], 1 << 30);
-    p.row0 = static_cast<int>(row) * patch_rows, p.col0 = static_cast<int>(col) * patch_cols;
+    Place p;
+    int branch = 0;
+    while (block >= plan.first[branch + 1]) ++branch;
+    const int s = branch / shape.dilations, d = branch % shape.dilations;
+    const Parts &ins = plan.ins[s], &outs = plan.outs[s][d];
+    const int part = static_cast<int>(block - plan.first[branch]);
+    const int in0 = part / outs.count * ins.size, out0 = part % outs.count * outs.size;
+    int64_t channel0 = out0;  // of the scale
+    for (int e = 0; e < d; ++e) channel0 += shape.branch[s][e];
+    p.plane = shape.in.area(s);
+    p.x_sample = shape.in.channels[s] * p.plane, p.g_sample = shape.out.channels[s] * p.plane;
+    p.s = s, p.x = in0 * p.plane, p.g = channel0 * p.plane;
+    p.ins = static_cast<int>(least<int64_t>(ins.size, shape.in.channels[s] - in0));
+    p.outs = static_cast<int>(least<int64_t>(outs.size, shape.branch[s][d] - out0));
+    p.rows = static_cast<int>(shape.in.rows(s)), p.cols = static_cast<int>(shape.in.cols(s));
+    // A larger dilation reaches nothing more, and this one lets pixels' places stay in 32 bits.
+    p.dilation = static_cast<int>(least<int64_t>(shape.dilation[d], p.rows > p.cols ? p.rows : p.cols));
+    p.packed = packed[s], p.shifted_packed = packed[s] && p.dilation % 4 == 0;
+    p.pitch = shape.in.channels[s] * 9;
+    p.weight = plan.weights[s] + channel0 * p.pitch + in0 * 9;
     return p;
   }
   __device__ __forceinline__ Patch patch(const Place& p) const {
-    const int64_t pitch = shape.in.channels[p.s] * 9;
-    return {shape.in.batch,
-            static_cast<int>(shape.in.rows(p.s)),
-            static_cast<int>(shape.in.cols(p.s)),
-            static_cast<int>(p.outs) - p.row0,
-            static_cast<int>(pitch) - p.col0,
-            out[p.s] + (p.channel0 + p.row0) * pitch + p.col0,
-            pitch};
+    return {shape.in.batch, p.rows, p.cols, p.ins, p.outs * 9};
   }
-  __device__ __forceinline__ A row(const Place& p, int r, int64_t b, int y, int x) const {
-    const int64_t plane = b * shape.out.channels[p.s] + p.channel0 + p.row0 + r;
-    return widen(gys[p.s][plane * shape.out.area(p.s) + int64_t(y) * shape.out.cols(p.s) + x]);
+  __device__ __forceinline__ int64_t weight(const Place& p, int row, int col) const {
+    return p.weight + col / 9 * p.pitch + row * 9 + col % 9;
   }
-  __device__ __forceinline__ A col(const Place& p, int c, int64_t b, int y, int x) const {
-    const int column = p.col0 + c, t = column % 9;
-    const int64_t yy = y + (t / 3 - 1) * p.dilation, xx = x + (t % 3 - 1) * p.dilation;
-    if (yy < 0 || yy >= shape.in.rows(p.s) || xx < 0 || xx >= shape.in.cols(p.s)) return 0;
-    const int64_t plane = b * shape.in.channels[p.s] + column / 9;
-    return widen(xs[p.s][plane * shape.in.area(p.s) + yy * shape.in.cols(p.s) + xx]);
+  __device__ __forceinline__ void stage(const Place& p, const Quad& at, Pack<A, 4>* rows, Pack<A, 4>* cols) const {
+    copy_lines(xs[p.s] + p.x + at.b * p.x_sample, p.plane, p.ins, p.cols, at, p.packed, rows);
+    const T* planes = gys[p.s] + p.g + at.b * p.g_sample;
+    if (p.shifted_packed)
+      fill_lines<2>(9 * p.outs, cols, [&](int line) { return shifted<true>(planes, p, at, line); });
+    else
+      fill_lines<2>(9 * p.outs, cols, [&](int line) { return shifted<false>(planes, p, at, line); });
   }
-};
-
-struct Plan {
-  BlockRanges patches;
-  int64_t weights[max_scales + 1] = {};  // first weight of a scale
-  int64_t slices = 1;
-  explicit Plan(const DilatedShape& shape) {
-    int64_t most_tiles = 0;
-    const int scales = shape.in.scales;
-    for (int s = 0; s < scales; ++s) {
-      const int64_t cols = shape.in.channels[s] * 9;
-      int64_t here = 0;
-      for (int d = 0; d < shape.dilations; ++d)
-        here += divide_up<int64_t>(shape.branch[s][d], patch_rows) * divide_up<int64_t>(cols, patch_cols);
-      patches.first[s + 1] = patches.first[s] + here;
-      weights[s + 1] = weights[s] + shape.out.channels[s] * cols;
-      const int64_t tiles = shape.in.batch * divide_up<int64_t>(shape.in.rows(s), outer_rows) *
-                            divide_up<int64_t>(shape.in.cols(s), outer_cols);
-      if (here > 0 && tiles > most_tiles) most_tiles = tiles;
-    }
-    slices = slice_count(patches.first[scales], most_tiles, weights[scales]);
+  template <bool whole>
+  __device__ __forceinline__ static Pack<T, 4> shifted(const T* planes, const Place& p, const Quad& at, int line) {
+    const int t = line % 9, y = at.y - (t / 3 - 1) * p.dilation, x = at.x - (t % 3 - 1) * p.dilation;
+    const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(p.rows);
+    const T* row = planes + line / 9 * p.plane + static_cast<int64_t>(y) * p.cols;
+    return read_quad<whole>(row, x, p.cols, inside ? at.count : 0);
   }
 };
 
@@ -263,21 +330,21 @@ cudaError_t dilated_grad_weight(Type type, const DilatedShape& shape, Pointers g
   return for_type(type, [&](auto zero) {
     using T = decltype(zero);
     using A = typename Sum<T>::type;
-    const Plan plan(shape);
-    const int scales = shape.in.scales;
     Problem<T> problem{};
+    problem.plan = Plan(shape);
+    const Plan& plan = problem.plan;
+    const int scales = shape.in.scales;
     Segments<T> out{};
-    problem.shape = shape, problem.patches = plan.patches, out.count = scales;
+    problem.shape = shape, out.count = scales;
     for (int s = 0; s < scales; ++s) {
       problem.gys[s] = static_cast<const T*>(gys[s]), problem.xs[s] = static_cast<const T*>(xs[s]);
-      problem.out[s] = plan.weights[s];
+      problem.packed[s] = whole_quads<T>(gys[s], shape.in.cols(s)) && whole_quads<T>(xs[s], shape.in.cols(s));
       out.data[s] = static_cast<T*>(gweights[s]), out.first[s + 1] = plan.weights[s + 1];
     }
     A* sums = static_cast<A*>(workspace);
     const int64_t weights = plan.weights[scales];
-    const cudaError_t error =
-        launch(outer_product<Problem<T>, rows_per_thread>, plan.patches.first[scales] * plan.slices, outer_threads,
-               stream, problem, sums, weights, plan.slices);
+    const cudaError_t error = launch(outer_product<Problem<T>>, plan.patches * plan.slices, outer_threads, stream,
+                                     problem, sums, weights, plan.slices);
     return error != cudaSuccess ? error : add_all_slices(out, sums, plan.slices, stream);
   });
 }

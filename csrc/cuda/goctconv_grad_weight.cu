@@ -1,108 +1,187 @@
 // Cross-scale convolution: the gradient to its weight. See outer_product.h for the machine and its cost.
 //
 // Output scale j and input scale i meet at the coarser of the two: gradients finer than that come through the
-// transpose of the upsampling, inputs finer than that through the max-pool, both on load.
+// transpose of the upsampling, inputs finer than that through the max-pool, both on load. A patch has rows of output
+// channels and columns of input channels, of 3x3 with all nine taps.
+#include "cuda/depthwise_rows.h"
 #include "cuda/outer_product.h"
-#include "cuda/resample.h"
+#include "cuda/resample_quad.h"
 
 namespace sodfast::cuda {
 namespace {
 
-constexpr int rows_per_thread = 8, patch_rows = 4 * rows_per_thread;
+// The patches of every pair (j, i) of an output and an input scale, pair = j * in.scales + i, and the slices.
+struct Plan {
+  Parts outs[max_scales], ins[max_scales];
+  int64_t first[max_scales * max_scales + 1] = {};  // first patch of a pair
+  int64_t patches = 0, weights = 0, slices = 1;
+  Plan() = default;
+  explicit Plan(const GOctConvShape& shape) {
+    const int64_t k2 = shape.kernel * shape.kernel;
+    for (int j = 0; j < shape.out.scales; ++j) outs[j] = Parts(shape.out.channels[j], patch_rows, rows_per_thread);
+    for (int i = 0; i < shape.in.scales; ++i)
+      ins[i] = Parts(shape.in.channels[i], patch_cols / k2, k2 == 1 ? cols_per_thread : 1);
+    int64_t most_tiles = 0;
+    for (int j = 0; j < shape.out.scales; ++j)
+      for (int i = 0; i < shape.in.scales; ++i) {
+        const int64_t here = static_cast<int64_t>(outs[j].count) * ins[i].count;
+        const int64_t tiles = tiles_of(shape.out, j > i ? j : i);
+        if (here > 0 && tiles > most_tiles) most_tiles = tiles;
+        first[j * shape.in.scales + i + 1] = patches += here;
+      }
+    weights = shape.out.total() * shape.in.total() * k2;
+    slices = slice_count(patches, most_tiles, weights);
+  }
+};
 
-template <class T>
+template <class T, int k>
 struct Problem {
   using A = typename Sum<T>::type;
   GOctConvShape shape;
   const T* gys[max_scales];
   const T* xs[max_scales];
-  int64_t first[max_scales * max_scales + 1];  // first patch of the pair (j, i), pair = j * in.scales + i
+  bool packed_g[max_scales], packed_x[max_scales];  // rows of whole, aligned quads
+  Plan plan;
 
-  // A patch: rows from row0 on of output scale j, columns from col0 on of input scale i.
+  // Channels of one scale.
+  struct Maps {
+    int64_t first, sample, plane;  // where the first of them begins; distances of samples and of planes
+    int s, count, rows, cols;      // the scale, how many, and a plane as it is stored
+    int factor;                    // by which they are finer than where the scales meet
+    bool packed;
+  };
   struct Place {
-    int j, i, at, row0, col0;
+    Maps g, x;
+    int rows, cols;         // where the scales meet
+    int64_t weight, pitch;  // the first weight, and the distance of two output channels' weights
   };
   __device__ __forceinline__ Place place(int64_t block) const {
     int pair = 0;
-    while (block >= first[pair + 1]) ++pair;
+    while (block >= plan.first[pair + 1]) ++pair;
+    const int j = pair / shape.in.scales, i = pair % shape.in.scales, at = j > i ? j : i;
+    const Parts &outs = plan.outs[j], &ins = plan.ins[i];
+    const int part = static_cast<int>(block - plan.first[pair]);
+    const int out0 = part / ins.count * outs.size, in0 = part % ins.count * ins.size;
     Place p;
-    p.j = pair / shape.in.scales, p.i = pair % shape.in.scales, p.at = p.j > p.i ? p.j : p.i;
-    int64_t col;
-    const int64_t row = divide(block - first[pair], divide_up<int64_t>(columns(p.i), patch_cols), col);
-    p.row0 = static_cast<int>(row) * patch_rows, p.col0 = static_cast<int>(col) * patch_cols;
+    p.g = maps(shape.out, j, out0, outs.size, at, packed_g[j]);
+    p.x = maps(shape.in, i, in0, ins.size, at, packed_x[i]);
+    p.rows = static_cast<int>(shape.out.rows(at)), p.cols = static_cast<int>(shape.out.cols(at));
+    p.pitch = shape.in.total() * k * k;
+    p.weight = (shape.out.begin(j) + out0) * p.pitch + (shape.in.begin(i) + in0) * k * k;
     return p;
   }
-  __host__ __device__ __forceinline__ int64_t columns(int i) const {
-    return shape.in.channels[i] * shape.kernel * shape.kernel;
+  __device__ __forceinline__ static Maps maps(const Pyramid& pyramid, int s, int first, int most, int at, bool packed) {
+    const int64_t area = pyramid.area(s);
+    return {first * area,
+            pyramid.channels[s] * area,
+            area,
+            s,
+            static_cast<int>(least<int64_t>(most, pyramid.channels[s] - first)),
+            static_cast<int>(pyramid.rows(s)),
+            static_cast<int>(pyramid.cols(s)),
+            1 << (at - s),
+            packed};
   }
   __device__ __forceinline__ Patch patch(const Place& p) const {
-    const int64_t k2 = shape.kernel * shape.kernel, pitch = shape.in.total() * k2;
-    return {shape.out.batch,
-            static_cast<int>(shape.out.rows(p.at)),
-            static_cast<int>(shape.out.cols(p.at)),
-            static_cast<int>(shape.out.channels[p.j]) - p.row0,
-            static_cast<int>(columns(p.i)) - p.col0,
-            (shape.out.begin(p.j) + p.row0) * pitch + shape.in.begin(p.i) * k2 + p.col0,
-            pitch};
+    return {shape.out.batch, p.rows, p.cols, p.g.count, p.x.count * k * k};
   }
-  __device__ __forceinline__ A row(const Place& p, int r, int64_t b, int y, int x) const {
-    const T* g = gys[p.j] + (b * shape.out.channels[p.j] + p.row0 + r) * shape.out.area(p.j);
-    return lowered(g, static_cast<int>(shape.out.rows(p.j)), static_cast<int>(shape.out.cols(p.j)), y, x,
-                   1 << (p.at - p.j));
+  __device__ __forceinline__ int64_t weight(const Place& p, int row, int col) const {
+    return p.weight + row * p.pitch + col;
   }
-  __device__ __forceinline__ A col(const Place& p, int c, int64_t b, int y, int x) const {
-    const int k = static_cast<int>(shape.kernel), column = p.col0 + c, channel = column / (k * k),
-              tap = column % (k * k);
-    y += tap / k - k / 2, x += tap % k - k / 2;
-    if (y < 0 || y >= shape.out.rows(p.at) || x < 0 || x >= shape.out.cols(p.at)) return 0;
-    const Plane<T> plane{xs[p.i] + (b * shape.in.channels[p.i] + channel) * shape.in.area(p.i),
-                         static_cast<int>(shape.in.cols(p.i)), shape.stride == 2};
-    return p.at == p.i ? plane.at(y, x) : plane.pooled(y, x, 1 << (p.at - p.i));
+  __device__ __forceinline__ void stage(const Place& p, const Quad& at, Pack<A, 4>* rows, Pack<A, 4>* cols) const {
+    stage_gradients(p, at, rows);
+    stage_inputs(p, at, cols);
+  }
+
+  __device__ __forceinline__ void stage_gradients(const Place& p, const Quad& at, Pack<A, 4>* lines) const {
+    const Maps& g = p.g;
+    const T* planes = gys[g.s] + g.first + at.b * g.sample;
+    if (g.factor == 1) {
+      copy_lines(planes, g.plane, g.count, g.cols, at, g.packed, lines);
+    } else if (g.factor == 2 && g.packed && p.cols % 4 == 0) {
+      fill_lines<1>(g.count, lines, [&](int line) {
+        return at.count > 0 ? lowered_quad(planes + line * g.plane, p.rows, p.cols, at.y, at.x) : Pack<A, 4>{};
+      });
+    } else {
+      fill_lines<1>(g.count, lines, [&](int line) {
+        return lowered_quad(planes + line * g.plane, p.rows, p.cols, at.y, at.x, g.factor);
+      });
+    }
+  }
+
+  __device__ __forceinline__ void stage_inputs(const Place& p, const Quad& at, Pack<A, 4>* lines) const {
+    const Maps& x = p.x;
+    const T* planes = xs[x.s] + x.first + at.b * x.sample;
+    const bool averaged = shape.stride == 2, as_stored = x.factor == 1 && !averaged;
+    const auto plane = [&](int line) { return Plane<T>{planes + line * x.plane, x.cols, averaged}; };
+    if (k == 3) {  // row dy of a channel's taps makes three lines
+      const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll 1
+      for (int r = static_cast<int>(threadIdx.x) / 32; r < 3 * x.count; r += outer_warps) {
+        const int y = at.y + r % 3 - 1;
+        A v[6];
+        if (as_stored)
+          read_row(planes + r / 3 * x.plane, y, at.x, x.rows, x.cols, x.packed, v);
+        else
+          read_pooled(plane(r / 3), y, at.x - 1, p.rows, p.cols, x.factor, v);
+#pragma unroll
+        for (int dx = 0; dx < 3; ++dx) {
+          Pack<A, 4> line;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) line.v[c] = c < at.count ? v[dx + c] : A(0);
+          lines[(3 * r + dx) * line_pitch + lane] = line;
+        }
+      }
+    } else if (as_stored) {
+      copy_lines(planes, x.plane, x.count, x.cols, at, x.packed, lines);
+    } else if (x.factor == 2 && !averaged && x.packed && p.cols % 4 == 0) {
+      fill_lines<2>(x.count, lines, [&](int line) {
+        return at.count > 0 ? halved_quad(planes + line * x.plane, x.cols, at.y, at.x) : Pack<A, 4>{};
+      });
+    } else {
+      fill_lines<1>(x.count, lines, [&](int line) {
+        Pack<A, 4> v{};
+        if (at.count > 0) read_pooled(plane(line), at.y, at.x, p.rows, p.cols, x.factor, v.v);
+        return v;
+      });
+    }
   }
 };
 
-// Fills `first` where there is one, and returns the number of slices.
-int64_t plan(const GOctConvShape& shape, int64_t* first) {
-  int64_t patches = 0, most_tiles = 0;
-  const int64_t k2 = shape.kernel * shape.kernel;
-  if (first != nullptr) first[0] = 0;
-  for (int j = 0; j < shape.out.scales; ++j)
-    for (int i = 0; i < shape.in.scales; ++i) {
-      const int64_t here = divide_up<int64_t>(shape.out.channels[j], patch_rows) *
-                           divide_up<int64_t>(shape.in.channels[i] * k2, patch_cols);
-      const int at = j > i ? j : i;
-      const int64_t tiles = shape.out.batch * divide_up<int64_t>(shape.out.rows(at), outer_rows) *
-                            divide_up<int64_t>(shape.out.cols(at), outer_cols);
-      patches += here;
-      if (here > 0 && tiles > most_tiles) most_tiles = tiles;
-      if (first != nullptr) first[j * shape.in.scales + i + 1] = patches;
-    }
-  return slice_count(patches, most_tiles, shape.out.total() * shape.in.total() * k2);
+template <class T, int k>
+cudaError_t run(const GOctConvShape& shape, Pointers gys, Pointers xs, void* gweight, void* workspace,
+                cudaStream_t stream) {
+  Problem<T, k> problem{};
+  problem.shape = shape, problem.plan = Plan(shape);
+  for (int s = 0; s < shape.out.scales; ++s) {
+    problem.gys[s] = static_cast<const T*>(gys[s]);
+    problem.packed_g[s] = whole_quads<T>(gys[s], shape.out.cols(s));
+  }
+  for (int s = 0; s < shape.in.scales; ++s) {
+    problem.xs[s] = static_cast<const T*>(xs[s]);
+    problem.packed_x[s] = whole_quads<T>(xs[s], shape.in.cols(s));
+  }
+  const Plan& plan = problem.plan;
+  auto* sums = static_cast<typename Sum<T>::type*>(workspace);
+  const cudaError_t error = launch(outer_product<Problem<T, k>>, plan.patches * plan.slices, outer_threads, stream,
+                                   problem, sums, plan.weights, plan.slices);
+  const Segments<T> out{{static_cast<T*>(gweight)}, {0, plan.weights}, 1};
+  return error != cudaSuccess ? error : add_all_slices(out, sums, plan.slices, stream);
 }
 
 }  // namespace
 
 int64_t goctconv_grad_weight_workspace(Type type, const GOctConvShape& shape) {
-  const int64_t weights = shape.out.total() * shape.in.total() * shape.kernel * shape.kernel;
-  return plan(shape, nullptr) * weights * (type == Type::f64 ? 8 : 4);
+  const Plan plan(shape);
+  return plan.slices * plan.weights * (type == Type::f64 ? 8 : 4);
 }
 
 cudaError_t goctconv_grad_weight(Type type, const GOctConvShape& shape, Pointers gys, Pointers xs, void* gweight,
                                  void* workspace, cudaStream_t stream) {
   return for_type(type, [&](auto zero) {
     using T = decltype(zero);
-    using A = typename Sum<T>::type;
-    Problem<T> problem{};
-    problem.shape = shape;
-    for (int s = 0; s < shape.out.scales; ++s) problem.gys[s] = static_cast<const T*>(gys[s]);
-    for (int s = 0; s < shape.in.scales; ++s) problem.xs[s] = static_cast<const T*>(xs[s]);
-    const int64_t slices = plan(shape, problem.first), patches = problem.first[shape.out.scales * shape.in.scales],
-                  weights = shape.out.total() * shape.in.total() * shape.kernel * shape.kernel;
-    A* sums = static_cast<A*>(workspace);
-    const cudaError_t error = launch(outer_product<Problem<T>, rows_per_thread>, patches * slices, outer_threads,
-                                     stream, problem, sums, weights, slices);
-    const Segments<T> out{{static_cast<T*>(gweight)}, {0, weights}, 1};
-    return error != cudaSuccess ? error : add_all_slices(out, sums, slices, stream);
+    const auto of_kernel = shape.kernel == 1 ? run<T, 1> : run<T, 3>;
+    return of_kernel(shape, gys, xs, gweight, workspace, stream);
   });
 }
 

@@ -1,97 +1,178 @@
 // Gradients to the weights of dense convolutions: gW[row][col] = Σ over samples and pixels of g[row] · x[col], where
-// col counts input channels times taps and both are functions of a pixel (a map pooled, lowered or shifted on load).
+// rows and columns are lines of pixels: channels of maps as they are stored, or pooled, lowered or shifted on load.
 //
-// A block takes a patch of 8·R rows x 32 columns and a slice of the pixels, 8 x 16 at a time through shared memory;
-// a warp takes one row of pixels, a thread R x 4 products in registers. The slices' sums lie in a workspace
-// [slice][weight] and a second launch adds them in a fixed order: no atomics, the same bits on every run.
+// A block takes a patch of up to 32 rows x 48 columns and a slice of the pixels, 32 quads (4 pixels in a row) at a
+// time through shared memory: a lane reads one quad of its warp's lines, 16 bytes an access where rows are aligned and
+// several accesses in flight. Then a thread has a piece of the patch, 8 rows x 4 columns in registers, and every n-th
+// quad: so a small patch too keeps most threads busy. The slices' sums lie in a workspace [slice][weight] and a second
+// launch adds them in a fixed order: no atomics, the same bits on every run.
 //
-// 2·rows·cols FLOPs per pixel; a tile of g is read once per 32 columns, one of x once per 8·R rows, mostly from L2.
-// At 32 x 32 that is 1024 multiply-adds per 64 loads of the staging: float32 arithmetic bounds it from some 30
-// channels on, memory below.
+// 2·rows·cols FLOPs per pixel; a line of g is read once per 48 columns, one of x once per 32 rows, mostly from L2. A
+// piece's quad is 12 reads of 16 bytes for 128 multiply-adds. Memory bounds it up to some 20 channels (k = 1), which
+// is what it aims at, float32 arithmetic and the reads of shared memory beyond.
 #pragma once
 
 #include "cuda/slices.h"
 
 namespace sodfast::cuda {
 
-constexpr int outer_rows = 8, outer_cols = 16, outer_pixels = outer_rows * outer_cols;
-constexpr int outer_threads = 256, patch_cols = 32, outer_pitch = outer_pixels + 1;
+constexpr int outer_threads = 256, outer_warps = outer_threads / 32, tile_quads = 32;
+constexpr int patch_rows = 32, patch_cols = 48, rows_per_thread = 8, cols_per_thread = 4;
+constexpr int line_pitch = tile_quads + 1;  // in quads; odd, so that neighbouring lines lie in different banks
 
-// One patch's place: pixels of batch x rows x cols, and where its sums go.
+// Four pixels of one sample, from (y, x) to the right; count of them exist, none beyond the last sample.
+struct Quad {
+  int64_t b;
+  int y, x, count;
+};
+
+// What a patch covers: pixels of batch x rows x cols, and its products.
 struct Patch {
   int64_t batch;
   int rows, cols;      // of the maps
-  int n_rows, n_cols;  // of the patch; outside there is nothing
-  int64_t out, pitch;  // first weight, and the distance of two rows' weights
+  int n_rows, n_cols;  // of the patch; what lies past them in its lines is never used
 };
 
-// Problem: `Patch patch(block)`, and, for a pixel inside, `A row(patch state, r, b, y, x)` and `A col(…)`.
-template <class Problem, int R>
-__global__ void __launch_bounds__(outer_threads)
+// n channels in nearly equal parts of at most `most`, all but the last a multiple of `unit`: the size of one, and how
+// many there are. Made on the host: 64-bit divisions would keep a block's threads waiting.
+struct Parts {
+  int size = 1, count = 0;
+  Parts() = default;
+  Parts(int64_t n, int64_t most, int64_t unit) {
+    if (n == 0) return;
+    const int64_t units = divide_up(n, unit);
+    size = static_cast<int>(divide_up(units, divide_up(units, most / unit)) * unit);
+    count = static_cast<int>(divide_up<int64_t>(n, size));
+  }
+};
+
+// Whether all rows of a map are whole, aligned quads.
+template <class T>
+bool whole_quads(const void* map, int64_t cols) {
+  return cols % 4 == 0 && reinterpret_cast<uintptr_t>(map) % sizeof(Pack<T, 4>) == 0;
+}
+
+// The tiles that the pixels of scale s make.
+inline int64_t tiles_of(const Pyramid& maps, int s) {
+  return divide_up<int64_t>(maps.batch * maps.rows(s) * divide_up<int64_t>(maps.cols(s), 4), tile_quads);
+}
+
+// Values x to x + 3 of a row of `cols`, zero outside and from the count-th on. packed: x and the row are aligned, and a
+// quad lies inside as a whole or not at all.
+template <bool packed, class T>
+__device__ __forceinline__ Pack<T, 4> read_quad(const T* row, int x, int cols, int count) {
+  Pack<T, 4> v{};
+  if (packed) {
+    if (count > 0 && static_cast<unsigned>(x) < static_cast<unsigned>(cols))
+      v = *reinterpret_cast<const Pack<T, 4>*>(row + x);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < count && static_cast<unsigned>(x + i) < static_cast<unsigned>(cols)) v.v[i] = row[x + i];
+  }
+  return v;
+}
+
+// Fills this lane's quad of the n lines: read(line) gives four values. Every warp has each eighth line; `at_once` of
+// them are read before the first is written, so that their latencies overlap.
+template <int at_once, class A, class Read>
+__device__ __forceinline__ void fill_lines(int n, Pack<A, 4>* lines, const Read& read) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+#pragma unroll 1
+  for (int first = warp; first < n; first += at_once * outer_warps) {
+    decltype(read(0)) quads[at_once];
+#pragma unroll
+    for (int u = 0; u < at_once; ++u)
+      if (first + u * outer_warps < n) quads[u] = read(first + u * outer_warps);
+#pragma unroll
+    for (int u = 0; u < at_once; ++u) {
+      if (first + u * outer_warps >= n) break;
+      Pack<A, 4> wide;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) wide.v[i] = widen(quads[u].v[i]);
+      lines[(first + u * outer_warps) * line_pitch + lane] = wide;
+    }
+  }
+}
+
+// Fills n lines with the quad of n planes as they are stored, `plane` values apart.
+template <class T, class A>
+__device__ __forceinline__ void copy_lines(const T* planes, int64_t plane, int n, int cols, const Quad& at, bool packed,
+                                           Pack<A, 4>* lines) {
+  const T* row = planes + static_cast<int64_t>(at.y) * cols;
+  if (packed)
+    fill_lines<4>(n, lines, [&](int line) { return read_quad<true>(row + line * plane, at.x, cols, at.count); });
+  else
+    fill_lines<2>(n, lines, [&](int line) { return read_quad<false>(row + line * plane, at.x, cols, at.count); });
+}
+
+// Problem: `Place place(block)`, and of a place `Patch patch(place)`, `stage(place, quad, rows, cols)`, which fills
+// this lane's quad of the patch's lines, zero where pixels do not exist, and `weight(place, row, col)`.
+template <class Problem>
+__global__ void __launch_bounds__(outer_threads, 2)
     outer_product(const __grid_constant__ Problem problem, typename Problem::A* workspace, int64_t weights,
                   int64_t slices) {
   using A = typename Problem::A;
-  constexpr int patch_rows = 4 * R;
-  __shared__ A tiles[(patch_rows + patch_cols) * outer_pitch];
-  A* const g_tile = tiles;
-  A* const x_tile = tiles + patch_rows * outer_pitch;
+  constexpr int products = rows_per_thread * cols_per_thread;
+  __shared__ Pack<A, 4> row_lines[(patch_rows + patch_cols) * line_pitch];
+  static_assert(sizeof row_lines >= products * outer_threads * sizeof(A), "the sums of all threads fit");
+  Pack<A, 4>* const col_lines = row_lines + patch_rows * line_pitch;
   int64_t slice;
   const int64_t block = divide(blockIdx.x, slices, slice);
-  const typename Problem::Place place = problem.place(block);
-  const Patch patch = problem.patch(place);
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int r0 = lane / 8 * R, c0 = lane % 8 * 4;
-  const int64_t tiles_x = divide_up(patch.cols, outer_cols), tiles_y = divide_up(patch.rows, outer_rows);
-  const int64_t all = patch.batch * tiles_x * tiles_y, end = (slice + 1) * all / slices;
-  A sum[R][4] = {};
-  for (int64_t tile = slice * all / slices; tile < end; ++tile) {
-    int64_t tx, ty;
-    const int64_t b = divide(divide(tile, tiles_x, tx), tiles_y, ty);
-    const int x0 = static_cast<int>(tx) * outer_cols, y0 = static_cast<int>(ty) * outer_rows;
-    for (int e = static_cast<int>(threadIdx.x); e < (patch_rows + patch_cols) * outer_pixels; e += outer_threads) {
-      const int line = e / outer_pixels, pixel = e % outer_pixels;
-      const int y = y0 + pixel / outer_cols, x = x0 + pixel % outer_cols;
-      A value = 0;
-      if (y < patch.rows && x < patch.cols) {
-        if (line < patch_rows) {
-          if (line < patch.n_rows) value = problem.row(place, line, b, y, x);
-        } else if (line - patch_rows < patch.n_cols) {
-          value = problem.col(place, line - patch_rows, b, y, x);
-        }
-      }
-      tiles[line * outer_pitch + pixel] = value;
-    }
+  __shared__ typename Problem::Place place;  // shared: in registers it would crowd out the sums
+  __shared__ Patch patch;
+  if (threadIdx.x == 0) place = problem.place(block), patch = problem.patch(place);
+  __syncthreads();
+  // Piece (r0, c0) has rows r0, r0 + down, … and columns c0, c0 + across, …
+  const int down = divide_up(patch.n_rows, rows_per_thread), across = divide_up(patch.n_cols, cols_per_thread);
+  const int pieces = down * across, groups = least(tile_quads, outer_threads / pieces);
+  const int thread = static_cast<int>(threadIdx.x), group = thread / pieces, piece = thread % pieces;
+  const Pack<A, 4>* const g_lines = row_lines + piece / across * line_pitch;
+  const Pack<A, 4>* const x_lines = col_lines + piece % across * line_pitch;
+  const int64_t quads_across = divide_up(patch.cols, 4), quads = patch.batch * patch.rows * quads_across;
+  const int64_t tiles = divide_up<int64_t>(quads, tile_quads), end = (slice + 1) * tiles / slices;
+  A sum[rows_per_thread][cols_per_thread] = {};
+  for (int64_t tile = slice * tiles / slices; tile < end; ++tile) {
+    const int64_t quad = tile * tile_quads + thread % 32;
+    int64_t x, y;
+    Quad at;
+    at.b = divide(divide(least(quad, quads - 1), quads_across, x), patch.rows, y);
+    at.y = static_cast<int>(y), at.x = static_cast<int>(x) * 4;
+    at.count = quad < quads ? least(4, patch.cols - at.x) : 0;
+    problem.stage(place, at, row_lines, col_lines);
     __syncthreads();
-    if (r0 < patch.n_rows && c0 < patch.n_cols) {
-      for (int p = warp * outer_cols; p < (warp + 1) * outer_cols; ++p) {
-        A g[R], x[4];
+    if (group < groups) {
+#pragma unroll 1
+      for (int q = group; q < tile_quads; q += groups) {
+        Pack<A, 4> columns[cols_per_thread];
 #pragma unroll
-        for (int r = 0; r < R; ++r) g[r] = g_tile[(r0 + r) * outer_pitch + p];
+        for (int c = 0; c < cols_per_thread; ++c) columns[c] = x_lines[c * across * line_pitch + q];
 #pragma unroll
-        for (int c = 0; c < 4; ++c) x[c] = x_tile[(c0 + c) * outer_pitch + p];
+        for (int r = 0; r < rows_per_thread; ++r) {
+          const Pack<A, 4> row = g_lines[r * down * line_pitch + q];
 #pragma unroll
-        for (int r = 0; r < R; ++r)
+          for (int i = 0; i < 4; ++i)
 #pragma unroll
-          for (int c = 0; c < 4; ++c) sum[r][c] += g[r] * x[c];
+            for (int c = 0; c < cols_per_thread; ++c) sum[r][c] += row.v[i] * columns[c].v[i];
+        }
       }
     }
     __syncthreads();
   }
-  // The eight warps' sums, one product after the other through shared memory.
-  A* const warps = tiles;
+  // The groups' sums, [product of a piece][thread], in the place of the lines.
+  A* const shared = reinterpret_cast<A*>(row_lines);
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < rows_per_thread; ++r)
 #pragma unroll
-    for (int c = 0; c < 4; ++c) warps[warp * 128 + c * 32 + lane] = sum[r][c];
-    __syncthreads();
-    if (threadIdx.x < 128) {
-      A total = 0;
-      for (int w = 0; w < outer_threads / 32; ++w) total += warps[w * 128 + static_cast<int>(threadIdx.x)];
-      const int row = lane / 8 * R + r, col = lane % 8 * 4 + warp;  // threadIdx.x = c * 32 + lane: warp is c
-      if (row < patch.n_rows && col < patch.n_cols)
-        workspace[slice * weights + patch.out + row * patch.pitch + col] = total;
-    }
-    __syncthreads();
+    for (int c = 0; c < cols_per_thread; ++c) shared[(r * cols_per_thread + c) * outer_threads + thread] = sum[r][c];
+  __syncthreads();
+  for (int e = thread; e < patch.n_rows * patch.n_cols; e += outer_threads) {
+    const int row = e / patch.n_cols, col = e % patch.n_cols;
+    const A* sums =
+        shared + (row / down * cols_per_thread + col / across) * outer_threads + row % down * across + col % across;
+    A total = 0;
+    for (int n = 0; n < groups; ++n) total += sums[n * pieces];
+    workspace[slice * weights + problem.weight(place, row, col)] = total;
   }
 }
 
