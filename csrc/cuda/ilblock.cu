@@ -5,10 +5,11 @@
 //
 // A block has a tile of 14 x 28 pixels of one scale and sample, and up to 16 channels. The tile's u, with the two
 // pixels around it that the depthwise layers read, is 18 x 32: a lane per column, a thread 6 rows of it times 8
-// channels in registers while the input channels pass through shared memory 8 at a time, then all of it in shared
-// memory. From there a warp goes down the rows of one channel with both depthwise layers in registers; neighbours'
-// results of the first come by shuffles. Sizes fit CSNet's at 224 pixels: 224, 112, 56, 28 are whole tiles, 14 is half
-// of one.
+// channels in registers while the input channels pass through shared memory, a chunk at a time, then all of it in
+// shared memory. As in goctconv_tile.h a thread asks for several pixels before it stores the first, and at k = 1 a
+// coarser source is upsampled on load. From there a warp goes down the rows of one channel with both depthwise layers
+// in registers; neighbours' results of the first come by shuffles. Sizes fit CSNet's at 224 pixels: 224, 112, 56, 28
+// are whole tiles, 14 is half of one.
 //
 // Bytes: the input (again for every 16 channels, from L2) and the output once; layer by layer it is three times the
 // output and twice u more. FLOPs per output pixel and channel: 2·in·k² and 36, of which the halo repeats the first
@@ -23,7 +24,7 @@ namespace {
 constexpr int tile_rows = 14, tile_cols = 28;
 constexpr int window_rows = tile_rows + 4, window_cols = tile_cols + 4;
 constexpr int row_groups = 3, rows_per_thread = window_rows / row_groups, group_threads = 32 * row_groups;
-constexpr int outs_per_thread = 8, most_groups = 2, most_outs = outs_per_thread * most_groups, chunk = 8;
+constexpr int outs_per_thread = 8, most_groups = 2, most_outs = outs_per_thread * most_groups;
 constexpr int coarse_pixels = (window_rows / 2 + 2) * (window_cols / 2 + 2);  // of a source of half the size
 constexpr int coarse_per_thread = divide_up(coarse_pixels, group_threads);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -44,6 +45,8 @@ struct Arguments {
   Pyramid from, to, stored;
   const T* sources[max_scales];
   T* targets[max_scales];
+  bool pairs[max_scales];                                // rows of whole, aligned pairs
+  int64_t from_begin[max_scales], to_begin[max_scales];  // first channel of a scale among all
   Layer<T> layers[3];
   int64_t weight_cols;  // input channels in all
   int stride, groups;
@@ -53,14 +56,14 @@ struct Arguments {
 template <class T, int k>
 struct Tile {
   using A = typename Sum<T>::type;
-  static constexpr int k2 = k * k, halo = k / 2;
+  static constexpr int k2 = k * k, halo = k / 2, chunk = k == 1 ? 16 : 8;
   static constexpr int staged_rows = window_rows + 2 * halo, staged_cols = window_cols + 2 * halo;
 
   // While the convolution adds up, and after it.
   struct Inputs {
-    alignas(16) A values[chunk][staged_rows * staged_cols];
-    alignas(16) A weights[chunk * k2][most_outs + 4];  // whole 16 bytes, and not all rows in one bank
-    A coarse[most_outs][coarse_pixels + 1];
+    alignas(4 * sizeof(A)) A values[chunk][staged_rows * staged_cols];
+    alignas(4 * sizeof(A)) A weights[chunk * k2][most_outs + 4];  // whole 16 bytes, and not all rows in one bank
+    A coarse[k == 1 ? 1 : most_outs][coarse_pixels + 1];
   };
   union Shared {
     Inputs in;
@@ -81,28 +84,91 @@ struct Tile {
   __device__ __forceinline__ int cols() const { return static_cast<int>(a.to.cols(s)); }
   __device__ __forceinline__ bool active() const { return group * outs_per_thread < outs; }
 
-  // Puts `count` channels of source i from c0 on, as scale `at` sees them, into shared memory: n_rows x n_cols pixels
-  // from (top, left) on, zero outside the map; and their weights, [channel and tap][output], zero past the last.
+  __device__ __forceinline__ int64_t area(int i) const { return a.stored.area(i); }
+  __device__ __forceinline__ const T* planes(int i, int64_t c) const {
+    return a.sources[i] + (b * a.from.channels[i] + c) * area(i);
+  }
+  __device__ __forceinline__ A value(const T* plane, int i, int at, int y, int x) const {
+    return seen_from(at, Plane<T>{plane, static_cast<int>(a.stored.cols(i)), a.stride == 2}, i,
+                     static_cast<int>(a.from.rows(i)), static_cast<int>(a.from.cols(i)), y, x);
+  }
+
+  // k = 1, without a stride: each thread brings its own rows of every groups-th channel, `ahead` rows asked for at
+  // once; `read` gets a plane and a row that lies inside, zero is outside.
+  template <int ahead, class Read>
+  __device__ __forceinline__ void bring(int i, int64_t c0, int count, const Read& read) {
+    const int x = x0 - 2 + lane;
+    const bool inside = x >= 0 && x < cols();
+    const T* plane = planes(i, c0 + group);
+    const int64_t step = a.groups * area(i);
+#pragma unroll 1
+    for (int c = group; c < count; c += a.groups, plane += step) {
+#pragma unroll 1
+      for (int r = row0; r < row0 + rows_per_thread; r += ahead) {
+        A values[ahead];
+#pragma unroll
+        for (int j = 0; j < ahead; ++j) {
+          const int y = y0 - 2 + r + j;
+          values[j] = inside && y >= 0 && y < rows() ? read(plane, y, x) : A(0);
+        }
+#pragma unroll
+        for (int j = 0; j < ahead; ++j) shared.in.values[c][(r + j) * staged_cols + lane] = values[j];
+      }
+    }
+  }
+  __device__ __forceinline__ void stage_rows(int i, int64_t c0, int count) {
+    const int from_rows = static_cast<int>(a.from.rows(i)), from_cols = static_cast<int>(a.from.cols(i));
+    if (i == s)
+      return bring<6>(i, c0, count, [&](const T* plane, int y, int x) {
+        return A(widen(plane[static_cast<int64_t>(y) * from_cols + x]));
+      });
+    if (i == s - 1 && a.pairs[i])
+      return bring<3>(i, c0, count, [&](const T* plane, int y, int x) {
+        const auto* p = reinterpret_cast<const Pack<T, 2>*>(plane + static_cast<int64_t>(2 * y) * from_cols + 2 * x);
+        const Pack<T, 2> upper = p[0], lower = p[from_cols / 2];
+        return larger(larger(A(widen(upper.v[0])), A(widen(upper.v[1]))),
+                      larger(A(widen(lower.v[0])), A(widen(lower.v[1]))));
+      });
+    if (i > s) {
+      const Bilinear<A> h(least(x0 - 2 + lane, cols() - 1), 1 << (i - s), from_cols);
+      return bring<2>(i, c0, count, [&](const T* plane, int y, int) {
+        const Bilinear<A> v(y, 1 << (i - s), from_rows);
+        const T *upper = plane + static_cast<int64_t>(v.first) * from_cols,
+                *lower = plane + static_cast<int64_t>(v.second) * from_cols;
+        return mix(v, mix(h, A(widen(upper[h.first])), A(widen(upper[h.second]))),
+                   mix(h, A(widen(lower[h.first])), A(widen(lower[h.second]))));
+      });
+    }
+    return bring<1>(i, c0, count, [&](const T* plane, int y, int x) {
+      return Plane<T>{plane, from_cols, false}.pooled(y, x, 1 << (s - i));
+    });
+  }
+
+  // k = 3: `count` channels of source i from c0 on, as scale `at` sees them, n_rows x n_cols pixels from (top, left)
+  // on; zero outside the map.
   __device__ __forceinline__ void stage(int i, int64_t c0, int count, int at, int top, int left, int n_rows,
                                         int n_cols) {
     const int map_rows = static_cast<int>(a.to.rows(at)), map_cols = static_cast<int>(a.to.cols(at));
-    for (int e = static_cast<int>(threadIdx.x); e < count * n_rows * n_cols; e += static_cast<int>(blockDim.x)) {
-      const int c = e / (n_rows * n_cols), place = e - c * n_rows * n_cols, r = place / n_cols, q = place - r * n_cols;
-      const int y = top + r, x = left + q;
-      A value = 0;
-      if (y >= 0 && y < map_rows && x >= 0 && x < map_cols) {
-        const Plane<T> source{a.sources[i] + (b * a.from.channels[i] + c0 + c) * a.stored.area(i),
-                              static_cast<int>(a.stored.cols(i)), a.stride == 2};
-        value = at == i ? source.at(y, x) : source.pooled(y, x, 1 << (at - i));
-      }
-      shared.in.values[c][place] = value;
+    const int64_t plane_area = area(i);
+    const T* const first = planes(i, c0);
+    for (int e = static_cast<int>(threadIdx.x); e < n_rows * n_cols; e += static_cast<int>(blockDim.x)) {
+      const int r = e / n_cols, y = top + r, x = left + e - r * n_cols;
+      const bool inside = y >= 0 && y < map_rows && x >= 0 && x < map_cols;
+#pragma unroll 4
+      for (int c = 0; c < count; ++c)
+        shared.in.values[c][e] = inside ? value(first + c * plane_area, i, at, y, x) : A(0);
     }
-    const int64_t source0 = a.from.begin(i) + c0, target0 = a.to.begin(s) + out0;
-    const int width = a.groups * outs_per_thread;
-    for (int e = static_cast<int>(threadIdx.x); e < count * k2 * width; e += static_cast<int>(blockDim.x)) {
-      const int o = e / (count * k2), rest = e - o * count * k2;
-      shared.in.weights[rest][o] =
-          o < outs ? widen(a.layers[0].weight[((target0 + o) * a.weight_cols + source0) * k2 + rest]) : A(0);
+  }
+
+  // Their weights, [channel and tap][output]; zero past the last output.
+  __device__ __forceinline__ void stage_weights(int i, int64_t c0, int count) {
+    const int64_t source0 = a.from_begin[i] + c0, target0 = a.to_begin[s] + out0;
+    for (int e = static_cast<int>(threadIdx.x); e < chunk * k2 * a.groups * outs_per_thread;
+         e += static_cast<int>(blockDim.x)) {
+      const int o = e / (chunk * k2), tap = e - o * (chunk * k2);
+      shared.in.weights[tap][o] = tap < count * k2 && o < outs
+                                      ? widen(a.layers[0].weight[((target0 + o) * a.weight_cols + source0) * k2 + tap])
+                                      : A(0);
     }
   }
 
@@ -132,11 +198,18 @@ struct Tile {
     }
   }
 
-  __device__ __forceinline__ void add_finer(int i) {
+  // A source that is read at the target's pixels.
+  __device__ __forceinline__ void add(int i) {
     for (int64_t c = 0; c < a.from.channels[i]; c += chunk) {
       const int count = static_cast<int>(least<int64_t>(chunk, a.from.channels[i] - c));
-      stage(i, c, count, s, y0 - 2 - halo, x0 - 2 - halo, staged_rows, staged_cols);
+      recompute(lane);
+      stage_weights(i, c, count);
+      if (k == 1)
+        stage_rows(i, c, count);
+      else
+        stage(i, c, count, s, y0 - 2 - halo, x0 - 2 - halo, staged_rows, staged_cols);
       __syncthreads();
+      recompute(lane);
       if (active())
         multiply(count, sum, [&](int p, int dy, int dx) { return (row0 + p + dy) * staged_cols + lane + dx; });
       __syncthreads();
@@ -144,7 +217,7 @@ struct Tile {
   }
 
   // A source 2^shift times coarser: convolved at its own size, then read bilinearly.
-  __device__ __forceinline__ void add_coarser(int i) {
+  __device__ __forceinline__ void add_apart(int i) {
     const int shift = i - s, f = 1 << shift, pixel = static_cast<int>(threadIdx.x) % group_threads;
     const int top = ((y0 - 2) >> shift) - 1, left = ((x0 - 2) >> shift) - 1;
     const int n_rows = ((y0 + tile_rows + 1) >> shift) + 2 - top, n_cols = ((x0 + tile_cols + 1) >> shift) + 2 - left;
@@ -158,6 +231,7 @@ struct Tile {
     A sums[coarse_per_thread][outs_per_thread] = {};
     for (int64_t c = 0; c < a.from.channels[i]; c += chunk) {
       const int count = static_cast<int>(least<int64_t>(chunk, a.from.channels[i] - c));
+      stage_weights(i, c, count);
       stage(i, c, count, i, top - halo, left - halo, n_rows + 2 * halo, pitch);
       __syncthreads();
       if (active()) multiply(count, sums, [&](int p, int dy, int dx) { return places[p] + dy * pitch + dx; });
@@ -183,9 +257,8 @@ struct Tile {
 #pragma unroll
         for (int o = 0; o < outs_per_thread; ++o) {
           const A* m = shared.in.coarse[group * outs_per_thread + o];
-          const A above = (1 - h.part) * m[upper + h.first] + h.part * m[upper + h.second];
-          const A below = (1 - h.part) * m[lower + h.first] + h.part * m[lower + h.second];
-          sum[p][o] += (1 - v.part) * above + v.part * below;
+          sum[p][o] +=
+              mix(v, mix(h, m[upper + h.first], m[upper + h.second]), mix(h, m[lower + h.first], m[lower + h.second]));
         }
       }
     }
@@ -199,7 +272,7 @@ struct Tile {
     for (int o = 0; o < outs_per_thread; ++o) {
       const int channel = group * outs_per_thread + o;
       if (channel >= outs) continue;
-      const int64_t parameter = a.to.begin(s) + out0 + channel;
+      const int64_t parameter = a.to_begin[s] + out0 + channel;
       const A bias = widen(a.layers[0].bias[parameter]), slope = widen(a.layers[0].slope[parameter]);
 #pragma unroll
       for (int p = 0; p < rows_per_thread; ++p) {
@@ -229,7 +302,7 @@ struct Tile {
 
   // Both depthwise layers of one channel, by one warp; the outermost lanes have no neighbour, and nobody needs them.
   __device__ __forceinline__ void run_depthwise(int c) const {
-    const int64_t channel = a.to.begin(s) + out0 + c;
+    const int64_t channel = a.to_begin[s] + out0 + c;
     Depthwise first(a.layers[1], channel), second(a.layers[2], channel);
     const int x = x0 - 2 + lane;
     const bool inside = x >= 0 && x < cols(), stores = lane >= 2 && lane < window_cols - 2 && inside;
@@ -273,8 +346,9 @@ __global__ void __launch_bounds__(group_threads* most_groups, k == 1 ? most_resi
             thread / group_threads,
             warp % row_groups * rows_per_thread,
             thread % 32};
-  for (int i = a.from.scales - 1; i > s; --i) work.add_coarser(i);
-  for (int i = 0; i <= least(s, a.from.scales - 1); ++i) work.add_finer(i);
+  if (k != 1)
+    for (int i = a.from.scales - 1; i > s; --i) work.add_apart(i);
+  for (int i = 0; i < (k == 1 ? a.from.scales : least(s + 1, a.from.scales)); ++i) work.add(i);
   work.fill_window();
   __syncthreads();
   for (int c = warp; c < work.outs; c += static_cast<int>(blockDim.x) / 32) work.run_depthwise(c);
@@ -283,6 +357,7 @@ __global__ void __launch_bounds__(group_threads* most_groups, k == 1 ? most_resi
 }  // namespace
 
 bool ilblock_is_one_launch(const GOctConvShape& shape) {
+  if (shape.kernel == 1 && shape.stride == 2) return false;  // no network has one
   return shape.in.total() * shape.kernel * shape.kernel <= most_work;
 }
 
@@ -293,7 +368,12 @@ cudaError_t ilblock(Type type, const GOctConvShape& shape, Pointers xs, Pointers
     Arguments<T> a{};
     a.from = shape.in, a.to = shape.out, a.stored = shape.in;
     a.from.height = shape.out.height, a.from.width = shape.out.width;
-    for (int i = 0; i < a.from.scales; ++i) a.sources[i] = static_cast<const T*>(xs[i]);
+    for (int i = 0; i < a.from.scales; ++i) {
+      a.sources[i] = static_cast<const T*>(xs[i]);
+      a.pairs[i] =
+          shape.stride == 1 && a.from.cols(i) % 2 == 0 && reinterpret_cast<uintptr_t>(xs[i]) % (2 * sizeof(T)) == 0;
+      a.from_begin[i] = a.from.begin(i);
+    }
     for (int l = 0; l < 3; ++l)
       a.layers[l] = {static_cast<const T*>(weights[l]), static_cast<const T*>(biases[l]),
                      static_cast<const T*>(slopes[l])};
@@ -302,7 +382,7 @@ cudaError_t ilblock(Type type, const GOctConvShape& shape, Pointers xs, Pointers
     for (int s = 0; s < a.to.scales; ++s) most = a.to.channels[s] > most ? a.to.channels[s] : most;
     a.groups = static_cast<int>(least<int64_t>(most_groups, divide_up<int64_t>(most, outs_per_thread)));
     for (int s = 0; s < a.to.scales; ++s) {
-      a.targets[s] = static_cast<T*>(ys[s]);
+      a.targets[s] = static_cast<T*>(ys[s]), a.to_begin[s] = a.to.begin(s);
       a.blocks.first[s + 1] = a.blocks.first[s] + a.to.batch * divide_up<int64_t>(a.to.rows(s), tile_rows) *
                                                       divide_up<int64_t>(a.to.cols(s), tile_cols) *
                                                       divide_up<int64_t>(a.to.channels[s], a.groups * outs_per_thread);

@@ -98,6 +98,10 @@ constexpr __host__ __device__ I least(I a, I b) {
   return a < b ? a : b;
 }
 
+// Behind this the compiler knows nothing of i. Left to itself it works out every way to read a source before the first
+// loop, and keeps all of that in registers through the multiplication.
+__device__ __forceinline__ void recompute(int& i) { asm volatile("" : "+r"(i)); }
+
 // i / d and the rest, in 32 bits where both fit: a division of 64-bit numbers costs a hundred instructions.
 __device__ __forceinline__ int64_t divide(int64_t i, int64_t d, int64_t& rest) {
   if (((i | d) >> 32) == 0) {
