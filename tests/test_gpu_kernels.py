@@ -71,6 +71,10 @@ def test_goctconv_drawn(gpu: str, case: test_goctconv.Case) -> None:
         test_goctconv.Case(1, (64, 32), (11, 0, 3), (1, 41), kernel=1),
         test_goctconv.Case(1, (37, 43), (5,), (6,), kernel=3, stride=2),
         test_goctconv.Case(2, (64, 48), (4, 3), (3, 2, 1), kernel=1, stride=2),
+        # Aligned rows of which the last few are half a pack; several chunks of channels.
+        test_goctconv.Case(1, (40, 24), (3, 9, 2, 5), (2, 3, 9, 4), kernel=1),
+        test_goctconv.Case(1, (32, 48), (19, 33), (8, 9), kernel=1),
+        test_goctconv.Case(2, (64, 48), (4, 3), (3, 2, 1), kernel=3, stride=2),
     ],
     ids=str,
 )

@@ -55,7 +55,7 @@ cudaError_t run(Arguments<T>& a, int64_t kernel, bool backward, cudaStream_t str
   };
   for (int i = 0; i < a.from.scales; ++i) {
     a.from_begin[i] = a.from.begin(i);
-    a.quads[i] = (backward || a.stride == 1) && quads(a.sources[i], a.from.cols(i));
+    a.quads[i] = quads(a.sources[i], backward ? a.from.cols(i) : a.stored.cols(i));
   }
   int64_t most = 1;
   for (int s = 0; s < a.to.scales; ++s) {

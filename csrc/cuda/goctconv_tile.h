@@ -163,8 +163,9 @@ struct Tile {
   __device__ __forceinline__ void stage_pixels(int i, int64_t c0, int count) {
     const T* const first = planes(i, c0);
     const int from_cols = static_cast<int>(a.from.cols(i));
-    if (i == s && a.quads[i]) return bring<Quad, 4>(first, area(i), count, 0, [&](const T* p) { return plain(p); });
-    if (i == s - 1 && a.quads[i] && (!backward || (from_cols == 2 * cols() && a.from.rows(i) == 2 * rows())))
+    const bool whole = a.quads[i] && (backward || a.stride == 1);
+    if (i == s && whole) return bring<Quad, 4>(first, area(i), count, 0, [&](const T* p) { return plain(p); });
+    if (i == s - 1 && whole && (!backward || (from_cols == 2 * cols() && a.from.rows(i) == 2 * rows())))
       return bring<Quad, 1>(first, area(i), count, 0,
                             [&](const T* p) { return backward ? lowered_by_two(p, from_cols) : pooled(p, from_cols); });
 #pragma unroll 1
@@ -185,30 +186,56 @@ struct Tile {
     }
   }
 
+  // One value of `count` channels, p: where it is in the first of them.
+  template <int ahead, class Read>
+  __device__ __forceinline__ void put(const T* p, int64_t plane_area, int count, int place, bool inside,
+                                      const Read& read) {
+#pragma unroll 1
+    for (int c = 0; c < count; c += ahead) {
+      A values[ahead];
+#pragma unroll
+      for (int j = 0; j < ahead; ++j, p += plane_area) values[j] = inside && c + j < count ? read(p) : A(0);
+#pragma unroll
+      for (int j = 0; j < ahead; ++j)
+        if (c + j < count) shared.values[c + j][place] = values[j];
+    }
+  }
   // Any k: `count` channels, n x n pixels from (top, left) on; zero outside.
   __device__ __forceinline__ void stage(int i, int64_t c0, int count, int at, int top, int left, int n, int n_pitch) {
     const int at_rows = static_cast<int>(a.to.rows(at)), at_cols = static_cast<int>(a.to.cols(at));
-    const int64_t plane_area = area(i);
+    const int row_pitch = static_cast<int>(backward ? a.from.cols(i) : a.stored.cols(i));
+    const int side_read = backward ? (i == at ? 1 : 0) : a.stride << (at - i);  // stored pixels per pixel; 0: unlike
     const T* const first = planes(i, c0);
     for (int e = static_cast<int>(threadIdx.x); e < n * n; e += static_cast<int>(blockDim.x)) {
-      const int r = e / n, q = e - r * n, y = top + r, x = left + q;
+      const int r = e / n, y = top + r, x = left + e - r * n, place = r * n_pitch + e - r * n;
       const bool inside = y >= 0 && y < at_rows && x >= 0 && x < at_cols;
-      if (i == at && (backward || a.stride == 1)) {
-        const T* p = first + static_cast<int64_t>(y) * at_cols + x;
-#pragma unroll 1
-        for (int c = 0; c < count; c += 4) {
-          T read[4];
+      const T* p = first + (static_cast<int64_t>(y) * row_pitch + x) * side_read;
+      if (side_read == 1) {
+        put<4>(p, area(i), count, place, inside, [](const T* q) { return A(widen(*q)); });
+      } else if (side_read == 2 && a.quads[i]) {
+        put<4>(p, area(i), count, place, inside, [&](const T* q) {
+          const auto upper = *reinterpret_cast<const Pack<T, 2>*>(q),
+                     lower = *reinterpret_cast<const Pack<T, 2>*>(q + row_pitch);
+          const A v[4] = {widen(upper.v[0]), widen(upper.v[1]), widen(lower.v[0]), widen(lower.v[1])};
+          return a.stride == 2 ? (v[0] + v[1] + v[2] + v[3]) * A(0.25) : larger(larger(v[0], v[1]), larger(v[2], v[3]));
+        });
+      } else if (side_read == 4 && a.stride == 2 && a.quads[i]) {  // the maximum of four averages
+        put<2>(p, area(i), count, place, inside, [&](const T* q) {
+          A averages[4];
 #pragma unroll
-          for (int j = 0; j < 4; ++j, p += plane_area)
-            if (inside && c + j < count) read[j] = *p;
+          for (int half = 0; half < 2; ++half) {
+            const auto* rows = reinterpret_cast<const Pack<T, 4>*>(q + 2 * half * row_pitch);
+            const Pack<T, 4> upper = rows[0], lower = rows[row_pitch / 4];
 #pragma unroll
-          for (int j = 0; j < 4; ++j)
-            if (c + j < count) shared.values[c + j][r * n_pitch + q] = inside ? widen(read[j]) : A(0);
-        }
+            for (int j = 0; j < 2; ++j)
+              averages[2 * half + j] = (widen(upper.v[2 * j]) + widen(upper.v[2 * j + 1]) + widen(lower.v[2 * j]) +
+                                        widen(lower.v[2 * j + 1])) *
+                                       A(0.25);
+          }
+          return larger(larger(averages[0], averages[1]), larger(averages[2], averages[3]));
+        });
       } else {
-#pragma unroll 1
-        for (int c = 0; c < count; ++c)
-          shared.values[c][r * n_pitch + q] = inside ? value(first + c * plane_area, i, at, y, x) : A(0);
+        put<1>(first, area(i), count, place, inside, [&](const T* plane) { return value(plane, i, at, y, x); });
       }
     }
   }

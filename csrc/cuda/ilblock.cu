@@ -356,13 +356,16 @@ __global__ void __launch_bounds__(group_threads* most_groups, k == 1 ? most_resi
 
 }  // namespace
 
+// A 1x1 convolution of 2x2 averages: no network has one, and the launch would need one more way to read a source.
+static bool averages_pixels(const GOctConvShape& shape) { return shape.kernel == 1 && shape.stride == 2; }
+
 bool ilblock_is_one_launch(const GOctConvShape& shape) {
-  if (shape.kernel == 1 && shape.stride == 2) return false;  // no network has one
-  return shape.in.total() * shape.kernel * shape.kernel <= most_work;
+  return !averages_pixels(shape) && shape.in.total() * shape.kernel * shape.kernel <= most_work;
 }
 
 cudaError_t ilblock(Type type, const GOctConvShape& shape, Pointers xs, Pointers weights, Pointers biases,
                     Pointers slopes, MutablePointers ys, cudaStream_t stream) {
+  if (averages_pixels(shape)) return cudaErrorInvalidValue;
   return for_type(type, [&](auto zero) {
     using T = decltype(zero);
     Arguments<T> a{};
