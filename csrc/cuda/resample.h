@@ -6,12 +6,6 @@
 
 namespace sodfast::cuda {
 
-// The larger one; NaN where there is one.
-template <class A>
-__device__ __forceinline__ A larger(A x, A y) {
-  return y > x || y != y ? y : x;
-}
-
 // One plane of a scale as the convolution sees it: after the 2x2 average of stride 2.
 template <class T>
 struct Plane {
