@@ -41,9 +41,10 @@ __global__ void __launch_bounds__(group_threads* most_groups, 2) convolve(const 
             static_cast<int>(least<int64_t>(outs_per_block, a.to.channels[s] - out0)),
             static_cast<int>(threadIdx.x) / group_threads,
             static_cast<int>(threadIdx.x) % group_threads};
+  for (int i = 0; i < (Work::coarse_apart ? least(s + 1, a.from.scales) : a.from.scales); ++i) work.add(i);
+  if constexpr (Work::tensor_cores) work.collect();
   if (Work::coarse_apart)
     for (int i = a.from.scales - 1; i > s; --i) work.add_apart(i);
-  for (int i = 0; i < (Work::coarse_apart ? least(s + 1, a.from.scales) : a.from.scales); ++i) work.add(i);
   work.store();
   if (measured) work.measure();
 }
@@ -64,6 +65,7 @@ cudaError_t run(Arguments<T>& a, int64_t kernel, bool backward, cudaStream_t str
     most = a.to.channels[s] > most ? a.to.channels[s] : most;
   }
   a.groups = static_cast<int>(least<int64_t>(most_groups, divide_up<int64_t>(most, outs_per_thread)));
+  if (sizeof(T) == 2) a.groups = a.groups > 2 ? most_groups : 2;  // tensor cores take 16 channels
   for (int s = 0; s < a.to.scales; ++s)
     a.blocks.first[s + 1] = a.blocks.first[s] + a.to.batch * divide_up<int64_t>(a.to.rows(s), side) *
                                                     divide_up<int64_t>(a.to.cols(s), side) *

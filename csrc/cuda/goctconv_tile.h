@@ -12,6 +12,7 @@
 #pragma once
 
 #include "cuda/resample.h"
+#include "cuda/tensor.h"
 #include "cuda/tile_moments.h"
 
 namespace sodfast::cuda {
@@ -21,6 +22,7 @@ constexpr int side = 16, outs_per_thread = 8, pixels_per_thread = 4, most_groups
 constexpr int quads_per_row = side / pixels_per_thread, group_threads = side * quads_per_row;  // 64
 constexpr int most_outs = outs_per_thread * most_groups;
 constexpr int coarse_side = side / 2 + 2, coarse_pixels = coarse_side * coarse_side;
+constexpr int warp_tiles = 8;                // of 16 channels and 8 pixels, that a warp multiplies on tensor cores
 constexpr int weight_pitch = most_outs + 4;  // whole 16 bytes, and not all rows in one bank
 
 // `from` and `to` are the sides of this direction at the sizes of the convolution; stored: the inputs' sizes in
@@ -47,11 +49,16 @@ struct Tile {
   static constexpr int k2 = k * k, halo = k / 2, chunk = k == 1 ? 16 : 8;
   static constexpr int tile_side = side + 2 * halo, pitch = k == 1 ? side : side + 4;
   static constexpr bool coarse_apart = k != 1 || backward;
+  static constexpr bool tensor_cores = sizeof(T) == 2;
+  static constexpr int plane = tile_side * pitch + 4;  // = 4 mod 8: a warp reads 4 channels at 8 pixels, each its bank
+  static constexpr int result_pitch = side * side + 4, result_rows = 16;
+  static constexpr int room =
+      chunk * plane > result_rows* result_pitch || !tensor_cores ? chunk * plane : result_rows * result_pitch;
   static constexpr int weights_per_thread = chunk * k2 * outs_per_thread / group_threads;
   static constexpr int unrolled = k == 1 ? 2 : 1;
 
   struct Shared {
-    alignas(sizeof(Quad)) A values[chunk][tile_side * pitch];
+    alignas(sizeof(Quad)) A values[room];  // [channel of the chunk][place]; after the last one, results
     alignas(sizeof(Quad)) A weights[chunk * k2][weight_pitch];
     A coarse[coarse_apart ? most_outs : 1][coarse_pixels + 1];
   };
@@ -64,6 +71,7 @@ struct Tile {
   int outs;          // channels of it, at most 32
   int group, pixel;  // of this thread
   A sum[pixels_per_thread][outs_per_thread] = {};
+  float products[tensor_cores ? warp_tiles : 1][4] = {};  // of this lane, as tensor.h has them
 
   __device__ __forceinline__ int rows() const { return static_cast<int>(a.to.rows(s)); }
   __device__ __forceinline__ int cols() const { return static_cast<int>(a.to.cols(s)); }
@@ -142,22 +150,24 @@ struct Tile {
   }
 
   // ------------------------------------------------------------------------------------- into shared memory
+  // Tensor cores take eight channels at once: what is missing of these is zero.
+  static __device__ __forceinline__ int filled(int count) { return tensor_cores ? divide_up(count, 8) * 8 : count; }
   // k = 1: each thread brings its own pixels of every groups-th channel, `ahead` of them asked for at once; E: of which
   // type, a quad or one value.
   template <class E, int ahead, class Read>
-  __device__ __forceinline__ void bring(const T* plane, int64_t plane_area, int count, int p, const Read& read) {
+  __device__ __forceinline__ void bring(const T* from, int64_t plane_area, int count, int p, const Read& read) {
     const int64_t step = a.groups * plane_area;
-    plane += group * plane_area;
+    from += group * plane_area;
 #pragma unroll 1
-    for (int c = group; c < count; c += ahead * a.groups) {
-      E values[ahead];
+    for (int c = group; c < filled(count); c += ahead * a.groups) {
+      E values[ahead] = {};
 #pragma unroll
-      for (int j = 0; j < ahead; ++j, plane += step)
-        if (c + j * a.groups < count) values[j] = read(plane);
+      for (int j = 0; j < ahead; ++j, from += step)
+        if (c + j * a.groups < count) values[j] = read(from);
 #pragma unroll
       for (int j = 0; j < ahead; ++j)
-        if (c + j * a.groups < count)
-          *reinterpret_cast<E*>(&shared.values[c + j * a.groups][pixel * pixels_per_thread + p]) = values[j];
+        if (c + j * a.groups < filled(count))
+          *reinterpret_cast<E*>(&shared.values[(c + j * a.groups) * plane + pixel * pixels_per_thread + p]) = values[j];
     }
   }
   __device__ __forceinline__ void stage_pixels(int i, int64_t c0, int count) {
@@ -191,13 +201,13 @@ struct Tile {
   __device__ __forceinline__ void put(const T* p, int64_t plane_area, int count, int place, bool inside,
                                       const Read& read) {
 #pragma unroll 1
-    for (int c = 0; c < count; c += ahead) {
+    for (int c = 0; c < filled(count); c += ahead) {
       A values[ahead];
 #pragma unroll
       for (int j = 0; j < ahead; ++j, p += plane_area) values[j] = inside && c + j < count ? read(p) : A(0);
 #pragma unroll
       for (int j = 0; j < ahead; ++j)
-        if (c + j < count) shared.values[c + j][place] = values[j];
+        if (c + j < filled(count)) shared.values[(c + j) * plane + place] = values[j];
     }
   }
   // Any k: `count` channels, n x n pixels from (top, left) on; zero outside.
@@ -271,7 +281,7 @@ struct Tile {
 #pragma unroll
       for (int dy = 0; dy < k; ++dy) {
         A x[n_sums + k - 1];
-        const A* line = &shared.values[c][first + dy * n_pitch];
+        const A* line = &shared.values[c * plane + first + dy * n_pitch];
         if constexpr (n_sums == pixels_per_thread) {  // then `first` and the pitch are whole fours
           const Quad quad = *reinterpret_cast<const Quad*>(line);
 #pragma unroll
@@ -298,6 +308,64 @@ struct Tile {
     }
   }
 
+  // The same of all pixels and up to 16 or 32 channels on tensor cores. A warp's tiles: with 16 channels eight of 8
+  // pixels each, else four, times two of 16 channels.
+  __device__ __forceinline__ int warp_tile(int i) const {  // the first of its 8 pixels
+    const int per_row = a.groups == most_groups ? warp_tiles / 2 : warp_tiles;
+    return (static_cast<int>(threadIdx.x) / 32 * per_row + i % per_row) * 8;
+  }
+  __device__ __forceinline__ void multiply_tiles(int count) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+    for (int c = 0; c < count; c += 8) {
+#pragma unroll 1
+      for (int tap = 0; tap < k2; ++tap) {
+        const A* w = &shared.weights[(c + 2 * t) * k2 + tap][g];
+        Fragment<T> rows[2];
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {  // the second: the next 16 channels, or again the first
+          const A* channels = a.groups == most_groups ? w + 16 * m : w;
+          narrow(channels[0], channels[k2 * weight_pitch], rows[m].upper);
+          narrow(channels[8], channels[k2 * weight_pitch + 8], rows[m].lower);
+        }
+        const A* x = &shared.values[(c + 2 * t) * plane + tap / k * pitch + tap % k];
+        Pack<T, 2> cols;
+#pragma unroll
+        for (int i = 0; i < warp_tiles; ++i) {
+          const int p = warp_tile(i) + g;
+          const A* at = x + p / side * pitch + p % side;
+          narrow(at[0], at[plane], cols);
+          multiply_add(products[i], rows[i / (warp_tiles / 2)], cols);
+        }
+      }
+    }
+  }
+  // The results of the tiles to the threads that store them, 16 channels at a time. All threads call.
+  __device__ __forceinline__ void collect() {
+    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+    const int per_row = a.groups == most_groups ? warp_tiles / 2 : warp_tiles;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      if (m > 0 && a.groups < most_groups) break;
+#pragma unroll
+      for (int i = 0; i < warp_tiles; ++i) {
+        if (i / per_row != m) continue;
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          shared.values[(g + j / 2 * 8) * result_pitch + warp_tile(i) + 2 * t + j % 2] = products[i][j];
+      }
+      __syncthreads();
+      if (group / 2 == m)
+#pragma unroll
+        for (int o = 0; o < outs_per_thread; ++o) {
+          const Quad quad = *reinterpret_cast<const Quad*>(
+              &shared.values[(group % 2 * outs_per_thread + o) * result_pitch + pixel * pixels_per_thread]);
+#pragma unroll
+          for (int p = 0; p < pixels_per_thread; ++p) sum[p][o] += quad.v[p];
+        }
+      __syncthreads();
+    }
+  }
+
   // A source that is read at the target's pixels.
   __device__ __forceinline__ void add(int i) {
     for (int64_t c = 0; c < a.from.channels[i]; c += chunk) {
@@ -311,7 +379,10 @@ struct Tile {
       __syncthreads();
       recompute(pixel);
       const int first = pixel / quads_per_row * pitch + pixel % quads_per_row * pixels_per_thread;
-      if (busy()) multiply(count, first, pitch, sum);
+      if constexpr (tensor_cores)
+        multiply_tiles(count);
+      else if (busy())
+        multiply(count, first, pitch, sum);
       __syncthreads();
     }
   }
@@ -444,7 +515,7 @@ struct Tile {
   // Mean and sum of squares about it of what the tile has of every channel, as it was stored. All threads call.
   __device__ __forceinline__ void measure() {
     const int n_rows = least(side, rows() - y0), n_cols = least(side, cols() - x0);
-    A* totals = &shared.values[0][0];  // [sum][warp][channel of the group]; nobody reads the inputs any more
+    A* totals = shared.values;  // [sum][warp][channel of the group]; nobody reads the inputs any more
     const auto at = [&](int which, int warp, int o) -> A& {
       return totals[(which * most_groups * 2 + group * 2 + warp) * outs_per_thread + o];
     };
