@@ -17,15 +17,18 @@
 // layers run one by one (ilblock_is_one_launch). The aim is the bandwidth.
 #include "cuda/reduce.h"
 #include "cuda/resample.h"
+#include "cuda/tensor.h"
 
 namespace sodfast::cuda {
 namespace {
 
 constexpr int tile_rows = 14, tile_cols = 28;
 constexpr int window_rows = tile_rows + 4, window_cols = tile_cols + 4;
+constexpr int window_pitch = window_rows * window_cols + 8;
 constexpr int row_groups = 3, rows_per_thread = window_rows / row_groups, group_threads = 32 * row_groups;
 constexpr int outs_per_thread = 8, most_groups = 2, most_outs = outs_per_thread * most_groups;
-constexpr int coarse_pixels = (window_rows / 2 + 2) * (window_cols / 2 + 2);  // of a source of half the size
+constexpr int warp_tiles = window_rows * window_cols / 8 / (row_groups * most_groups);  // of 16 channels and 8 pixels
+constexpr int coarse_pixels = (window_rows / 2 + 2) * (window_cols / 2 + 2);            // of a source of half the size
 constexpr int coarse_per_thread = divide_up(coarse_pixels, group_threads);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr int most_resident = 3;  // blocks on an SM at k = 1: as many as there are registers for without spills
@@ -58,16 +61,18 @@ struct Tile {
   using A = typename Sum<T>::type;
   static constexpr int k2 = k * k, halo = k / 2, chunk = k == 1 ? 16 : 8;
   static constexpr int staged_rows = window_rows + 2 * halo, staged_cols = window_cols + 2 * halo;
+  static constexpr bool tensor_cores = sizeof(T) == 2 && k == 1;
+  static constexpr int plane = staged_rows * staged_cols + 4;  // no two of the channels that a warp reads in one bank
 
   // While the convolution adds up, and after it.
   struct Inputs {
-    alignas(4 * sizeof(A)) A values[chunk][staged_rows * staged_cols];
+    alignas(4 * sizeof(A)) A values[chunk][plane];
     alignas(4 * sizeof(A)) A weights[chunk * k2][most_outs + 4];  // whole 16 bytes, and not all rows in one bank
     A coarse[k == 1 ? 1 : most_outs][coarse_pixels + 1];
   };
   union Shared {
     Inputs in;
-    A window[most_outs][window_rows * window_cols];
+    A window[most_outs][window_pitch];
   };
 
   const Arguments<T>& a;
@@ -79,6 +84,7 @@ struct Tile {
   int group, row0;   // of this thread: which 8 channels, the first of 6 rows of the window
   int lane;          // its column
   A sum[rows_per_thread][outs_per_thread] = {};
+  float products[tensor_cores ? warp_tiles : 1][4] = {};  // of this lane on tensor cores, as tensor.h has them
 
   __device__ __forceinline__ int rows() const { return static_cast<int>(a.to.rows(s)); }
   __device__ __forceinline__ int cols() const { return static_cast<int>(a.to.cols(s)); }
@@ -99,17 +105,17 @@ struct Tile {
   __device__ __forceinline__ void bring(int i, int64_t c0, int count, const Read& read) {
     const int x = x0 - 2 + lane;
     const bool inside = x >= 0 && x < cols();
-    const T* plane = planes(i, c0 + group);
+    const T* from = planes(i, c0 + group);
     const int64_t step = a.groups * area(i);
 #pragma unroll 1
-    for (int c = group; c < count; c += a.groups, plane += step) {
+    for (int c = group; c < (tensor_cores ? divide_up(count, 8) * 8 : count); c += a.groups, from += step) {
 #pragma unroll 1
       for (int r = row0; r < row0 + rows_per_thread; r += ahead) {
         A values[ahead];
 #pragma unroll
         for (int j = 0; j < ahead; ++j) {
           const int y = y0 - 2 + r + j;
-          values[j] = inside && y >= 0 && y < rows() ? read(plane, y, x) : A(0);
+          values[j] = inside && c < count && y >= 0 && y < rows() ? read(from, y, x) : A(0);
         }
 #pragma unroll
         for (int j = 0; j < ahead; ++j) shared.in.values[c][(r + j) * staged_cols + lane] = values[j];
@@ -198,6 +204,44 @@ struct Tile {
     }
   }
 
+  // The same of all pixels of the window and 16 channels on tensor cores; k = 1.
+  __device__ __forceinline__ int warp_tile(int i) const {  // the first of its 8 pixels
+    return (static_cast<int>(threadIdx.x) / 32 * warp_tiles + i) * 8;
+  }
+  __device__ __forceinline__ void multiply_tiles(int count) {
+    const int g = lane / 4, t = lane % 4;
+    for (int c = 0; c < count; c += 8) {
+      const A *w = &shared.in.weights[c + 2 * t][g], *w_next = &shared.in.weights[c + 2 * t + 1][g];
+      Fragment<T> channels;
+      narrow(w[0], w_next[0], channels.upper), narrow(w[8], w_next[8], channels.lower);
+#pragma unroll
+      for (int i = 0; i < warp_tiles; ++i) {
+        Pack<T, 2> pixels;
+        narrow(shared.in.values[c + 2 * t][warp_tile(i) + g], shared.in.values[c + 2 * t + 1][warp_tile(i) + g],
+               pixels);
+        multiply_add(products[i], channels, pixels);
+      }
+    }
+  }
+  __device__ __forceinline__ void fill_window_from_tiles() {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const int channel = g + 8 * m;
+      if (channel >= outs) continue;
+      const int64_t parameter = a.to_begin[s] + out0 + channel;
+      const A bias = widen(a.layers[0].bias[parameter]), slope = widen(a.layers[0].slope[parameter]);
+#pragma unroll
+      for (int i = 0; i < warp_tiles; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int p = warp_tile(i) + 2 * t + j, y = y0 - 2 + p / window_cols, x = x0 - 2 + p % window_cols;
+          const bool inside = y >= 0 && y < rows() && x >= 0 && x < cols();
+          shared.window[channel][p] = inside ? prelu(products[i][2 * m + j] + bias, slope) : A(0);
+        }
+    }
+  }
+
   // A source that is read at the target's pixels.
   __device__ __forceinline__ void add(int i) {
     for (int64_t c = 0; c < a.from.channels[i]; c += chunk) {
@@ -210,7 +254,9 @@ struct Tile {
         stage(i, c, count, s, y0 - 2 - halo, x0 - 2 - halo, staged_rows, staged_cols);
       __syncthreads();
       recompute(lane);
-      if (active())
+      if constexpr (tensor_cores)
+        multiply_tiles(count);
+      else if (active())
         multiply(count, sum, [&](int p, int dy, int dx) { return (row0 + p + dy) * staged_cols + lane + dx; });
       __syncthreads();
     }
@@ -349,7 +395,10 @@ __global__ void __launch_bounds__(group_threads* most_groups, k == 1 ? most_resi
   if (k != 1)
     for (int i = a.from.scales - 1; i > s; --i) work.add_apart(i);
   for (int i = 0; i < (k == 1 ? a.from.scales : least(s + 1, a.from.scales)); ++i) work.add(i);
-  work.fill_window();
+  if constexpr (Work::tensor_cores)
+    work.fill_window_from_tiles();
+  else
+    work.fill_window();
   __syncthreads();
   for (int c = warp; c < work.outs; c += static_cast<int>(blockDim.x) / 32) work.run_depthwise(c);
 }
@@ -384,6 +433,7 @@ cudaError_t ilblock(Type type, const GOctConvShape& shape, Pointers xs, Pointers
     int64_t most = 1;
     for (int s = 0; s < a.to.scales; ++s) most = a.to.channels[s] > most ? a.to.channels[s] : most;
     a.groups = static_cast<int>(least<int64_t>(most_groups, divide_up<int64_t>(most, outs_per_thread)));
+    if (Tile<T, 1>::tensor_cores && shape.kernel == 1) a.groups = most_groups;  // they take 16 channels
     for (int s = 0; s < a.to.scales; ++s) {
       a.targets[s] = static_cast<T*>(ys[s]), a.to_begin[s] = a.to.begin(s);
       a.blocks.first[s + 1] = a.blocks.first[s] + a.to.batch * divide_up<int64_t>(a.to.rows(s), tile_rows) *
