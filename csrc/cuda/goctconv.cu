@@ -31,16 +31,9 @@ __global__ void __launch_bounds__(group_threads* most_groups, 2) convolve(const 
   const int x0 = static_cast<int>(part) * side;
   rest = divide(rest, divide_up<int64_t>(a.to.rows(s), side), part);
   const int y0 = static_cast<int>(part) * side;
-  Work work{a,
-            shared,
-            s,
-            rest,
-            y0,
-            x0,
-            out0,
-            static_cast<int>(least<int64_t>(outs_per_block, a.to.channels[s] - out0)),
-            static_cast<int>(threadIdx.x) / group_threads,
-            static_cast<int>(threadIdx.x) % group_threads};
+  Work work{{a, shared, s, rest, y0, x0, out0,
+             static_cast<int>(least<int64_t>(outs_per_block, a.to.channels[s] - out0)),
+             static_cast<int>(threadIdx.x) / group_threads, static_cast<int>(threadIdx.x) % group_threads}};
   for (int i = 0; i < (Work::coarse_apart ? least(s + 1, a.from.scales) : a.from.scales); ++i) work.add(i);
   if constexpr (Work::tensor_cores) work.collect();
   if (Work::coarse_apart)
