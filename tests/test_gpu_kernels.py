@@ -77,6 +77,10 @@ def test_goctconv_drawn(gpu: str, case: test_goctconv.Case) -> None:
         test_goctconv.Case(1, (40, 48), (5, 7), (9, 5), kernel=3, stride=2),
         # More slices than one pass adds.
         test_goctconv.Case(2, (64, 96), (3,), (2,), kernel=1),
+        # Aligned rows of which the last few are half a pack; several chunks of channels.
+        test_goctconv.Case(1, (40, 24), (3, 9, 2, 5), (2, 3, 9, 4), kernel=1),
+        test_goctconv.Case(1, (32, 48), (19, 33), (8, 9), kernel=1),
+        test_goctconv.Case(2, (64, 48), (4, 3), (3, 2, 1), kernel=3, stride=2),
     ],
     ids=str,
 )

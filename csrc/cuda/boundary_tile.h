@@ -49,17 +49,11 @@ __device__ __forceinline__ A value_of(Key<A> key) {
 
 template <class A>
 __device__ __forceinline__ A sigmoid(A x) {
+#ifdef __CUDA_ARCH__  // five instructions in place of forty, and off by at most 1e-7
+  return __fdividef(A(1), 1 + __expf(-x));
+#else
   return 1 / (1 + exp(-x));
-}
-
-// NaN wins.
-template <class A>
-__device__ __forceinline__ A lower_of(A a, A b) {
-  return b < a || b != b ? b : a;
-}
-template <class A>
-__device__ __forceinline__ A higher_of(A a, A b) {
-  return b > a || b != b ? b : a;
+#endif
 }
 
 __device__ __forceinline__ int clamp(int i, int n) { return i < 0 ? 0 : i < n ? i : n - 1; }
@@ -84,12 +78,12 @@ struct BoundaryTile {
       for (int i = -2; i < windows; ++i) {
         const T* row = z + static_cast<int64_t>(clamp(y + i + 1, rows)) * cols;
         const A a = widen(row[left]), b = widen(row[middle]), d = widen(row[right]);
-        low[0] = low[1], low[1] = low[2], low[2] = lower_of(lower_of(a, b), d);
-        high[0] = high[1], high[1] = high[2], high[2] = higher_of(higher_of(a, b), d);
+        low[0] = low[1], low[1] = low[2], low[2] = smaller(smaller(a, b), d);
+        high[0] = high[1], high[1] = high[2], high[2] = larger(larger(a, b), d);
         centre[0] = centre[1], centre[1] = b;
         if (i < 0 || first + i >= around) continue;
-        const A lowest = thin & thin_erosion ? lower_of(lower_of(low[0], low[1]), low[2]) : centre[0];
-        const A highest = thin & thin_dilation ? higher_of(higher_of(high[0], high[1]), high[2]) : centre[0];
+        const A lowest = thin & thin_erosion ? smaller(smaller(low[0], low[1]), low[2]) : centre[0];
+        const A highest = thin & thin_dilation ? larger(larger(high[0], high[1]), high[2]) : centre[0];
         const A t = logistic ? sigmoid(highest) - sigmoid(lowest) : highest - lowest;
         tile[(first + i) * boundary_pitch + c] = inside && y + i >= 0 && y + i < rows ? key_of(t) : Key<A>(-1);
       }

@@ -3,249 +3,16 @@
 //
 //   u_j = f1(Σ_{i<=j} W_ji * pool(x_i) + Σ_{i>j} up(W_ji * x_i)),   y_j = f3(w3 ⊛ f2(w2 ⊛ u_j)),   f(z) = prelu(z + b)
 //
-// A block has a tile of 14 x 28 pixels of one scale and sample, and up to 16 channels. The tile's u, with the two
-// pixels around it that the depthwise layers read, is 18 x 32: a lane per column, a thread 6 rows of it times 8
-// channels in registers while the input channels pass through shared memory 8 at a time, then all of it in shared
-// memory. From there a warp goes down the rows of one channel with both depthwise layers in registers; neighbours'
-// results of the first come by shuffles. Sizes fit CSNet's at 224 pixels: 224, 112, 56, 28 are whole tiles, 14 is half
-// of one.
+// A block has a tile of one scale and sample: see ilblock_tile.h.
 //
 // Bytes: the input (again for every 16 channels, from L2) and the output once; layer by layer it is three times the
 // output and twice u more. FLOPs per output pixel and channel: 2·in·k² and 36, of which the halo repeats the first
 // 576 / 392 = 1.47 times. Where in·k² passes some 250 in float32 that costs more time than the bytes saved: there the
 // layers run one by one (ilblock_is_one_launch). The aim is the bandwidth.
-#include "cuda/reduce.h"
-#include "cuda/resample.h"
+#include "cuda/ilblock_tile.h"
 
 namespace sodfast::cuda {
 namespace {
-
-constexpr int tile_rows = 14, tile_cols = 28;
-constexpr int window_rows = tile_rows + 4, window_cols = tile_cols + 4;
-constexpr int row_groups = 3, rows_per_thread = window_rows / row_groups, group_threads = 32 * row_groups;
-constexpr int outs_per_thread = 8, most_groups = 2, most_outs = outs_per_thread * most_groups, chunk = 8;
-constexpr int coarse_pixels = (window_rows / 2 + 2) * (window_cols / 2 + 2);  // of a source of half the size
-constexpr int coarse_per_thread = divide_up(coarse_pixels, group_threads);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr int most_resident = 3;  // blocks on an SM at k = 1: as many as there are registers for without spills
-#else
-constexpr int most_resident = 2;
-#endif
-constexpr int most_work = 256;  // in·k² up to which the launch is one
-
-template <class T>
-struct Layer {
-  const T *weight, *bias, *slope;
-};
-
-// `from` and `to` at the sizes of the convolution; stored: the inputs' sizes in memory, twice that at stride 2.
-template <class T>
-struct Arguments {
-  Pyramid from, to, stored;
-  const T* sources[max_scales];
-  T* targets[max_scales];
-  Layer<T> layers[3];
-  int64_t weight_cols;  // input channels in all
-  int stride, groups;
-  BlockRanges blocks;
-};
-
-template <class T, int k>
-struct Tile {
-  using A = typename Sum<T>::type;
-  static constexpr int k2 = k * k, halo = k / 2;
-  static constexpr int staged_rows = window_rows + 2 * halo, staged_cols = window_cols + 2 * halo;
-
-  // While the convolution adds up, and after it.
-  struct Inputs {
-    alignas(16) A values[chunk][staged_rows * staged_cols];
-    alignas(16) A weights[chunk * k2][most_outs + 4];  // whole 16 bytes, and not all rows in one bank
-    A coarse[most_outs][coarse_pixels + 1];
-  };
-  union Shared {
-    Inputs in;
-    A window[most_outs][window_rows * window_cols];
-  };
-
-  const Arguments<T>& a;
-  Shared& shared;
-  int s;             // target scale
-  int64_t b;         // sample
-  int y0, x0, out0;  // first row, column and channel of the tile
-  int outs;          // channels of it, at most 16
-  int group, row0;   // of this thread: which 8 channels, the first of 6 rows of the window
-  int lane;          // its column
-  A sum[rows_per_thread][outs_per_thread] = {};
-
-  __device__ __forceinline__ int rows() const { return static_cast<int>(a.to.rows(s)); }
-  __device__ __forceinline__ int cols() const { return static_cast<int>(a.to.cols(s)); }
-  __device__ __forceinline__ bool active() const { return group * outs_per_thread < outs; }
-
-  // Puts `count` channels of source i from c0 on, as scale `at` sees them, into shared memory: n_rows x n_cols pixels
-  // from (top, left) on, zero outside the map; and their weights, [channel and tap][output], zero past the last.
-  __device__ __forceinline__ void stage(int i, int64_t c0, int count, int at, int top, int left, int n_rows,
-                                        int n_cols) {
-    const int map_rows = static_cast<int>(a.to.rows(at)), map_cols = static_cast<int>(a.to.cols(at));
-    for (int e = static_cast<int>(threadIdx.x); e < count * n_rows * n_cols; e += static_cast<int>(blockDim.x)) {
-      const int c = e / (n_rows * n_cols), place = e - c * n_rows * n_cols, r = place / n_cols, q = place - r * n_cols;
-      const int y = top + r, x = left + q;
-      A value = 0;
-      if (y >= 0 && y < map_rows && x >= 0 && x < map_cols) {
-        const Plane<T> source{a.sources[i] + (b * a.from.channels[i] + c0 + c) * a.stored.area(i),
-                              static_cast<int>(a.stored.cols(i)), a.stride == 2};
-        value = at == i ? source.at(y, x) : source.pooled(y, x, 1 << (at - i));
-      }
-      shared.in.values[c][place] = value;
-    }
-    const int64_t source0 = a.from.begin(i) + c0, target0 = a.to.begin(s) + out0;
-    const int width = a.groups * outs_per_thread;
-    for (int e = static_cast<int>(threadIdx.x); e < count * k2 * width; e += static_cast<int>(blockDim.x)) {
-      const int o = e / (count * k2), rest = e - o * count * k2;
-      shared.in.weights[rest][o] =
-          o < outs ? widen(a.layers[0].weight[((target0 + o) * a.weight_cols + source0) * k2 + rest]) : A(0);
-    }
-  }
-
-  // Adds what is staged to n pixels of this thread; at(p, dy, dx) is where pixel p's tap lies.
-  template <int n, class At>
-  __device__ __forceinline__ void multiply(int count, A (&sums)[n][outs_per_thread], const At& at) {
-    for (int c = 0; c < count; ++c) {
-#pragma unroll
-      for (int dy = 0; dy < k; ++dy) {
-#pragma unroll
-        for (int dx = 0; dx < k; ++dx) {
-          A x[n];
-#pragma unroll
-          for (int p = 0; p < n; ++p) x[p] = shared.in.values[c][at(p, dy, dx)];
-          const auto* w =
-              reinterpret_cast<const Pack<A, 4>*>(&shared.in.weights[c * k2 + dy * k + dx][group * outs_per_thread]);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const Pack<A, 4> weights = w[half];
-#pragma unroll
-            for (int o = 0; o < 4; ++o)
-#pragma unroll
-              for (int p = 0; p < n; ++p) sums[p][4 * half + o] += weights.v[o] * x[p];
-          }
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void add_finer(int i) {
-    for (int64_t c = 0; c < a.from.channels[i]; c += chunk) {
-      const int count = static_cast<int>(least<int64_t>(chunk, a.from.channels[i] - c));
-      stage(i, c, count, s, y0 - 2 - halo, x0 - 2 - halo, staged_rows, staged_cols);
-      __syncthreads();
-      if (active())
-        multiply(count, sum, [&](int p, int dy, int dx) { return (row0 + p + dy) * staged_cols + lane + dx; });
-      __syncthreads();
-    }
-  }
-
-  // A source 2^shift times coarser: convolved at its own size, then read bilinearly.
-  __device__ __forceinline__ void add_coarser(int i) {
-    const int shift = i - s, f = 1 << shift, pixel = static_cast<int>(threadIdx.x) % group_threads;
-    const int top = ((y0 - 2) >> shift) - 1, left = ((x0 - 2) >> shift) - 1;
-    const int n_rows = ((y0 + tile_rows + 1) >> shift) + 2 - top, n_cols = ((x0 + tile_cols + 1) >> shift) + 2 - left;
-    const int pitch = n_cols + 2 * halo;
-    int places[coarse_per_thread];
-#pragma unroll
-    for (int p = 0; p < coarse_per_thread; ++p) {
-      const int q = pixel + p * group_threads;
-      places[p] = q < n_rows * n_cols ? q / n_cols * pitch + q % n_cols : 0;
-    }
-    A sums[coarse_per_thread][outs_per_thread] = {};
-    for (int64_t c = 0; c < a.from.channels[i]; c += chunk) {
-      const int count = static_cast<int>(least<int64_t>(chunk, a.from.channels[i] - c));
-      stage(i, c, count, i, top - halo, left - halo, n_rows + 2 * halo, pitch);
-      __syncthreads();
-      if (active()) multiply(count, sums, [&](int p, int dy, int dx) { return places[p] + dy * pitch + dx; });
-      __syncthreads();
-    }
-#pragma unroll
-    for (int p = 0; p < coarse_per_thread; ++p) {
-      const int q = pixel + p * group_threads;
-      if (q < n_rows * n_cols)
-#pragma unroll
-        for (int o = 0; o < outs_per_thread; ++o) shared.in.coarse[group * outs_per_thread + o][q] = sums[p][o];
-    }
-    __syncthreads();
-    const int x = x0 - 2 + lane;
-    if (active() && x >= 0 && x < cols()) {
-      const Bilinear<A> h(x, f, cols() / f);
-#pragma unroll
-      for (int p = 0; p < rows_per_thread; ++p) {
-        const int y = y0 - 2 + row0 + p;
-        if (y < 0 || y >= rows()) continue;
-        const Bilinear<A> v(y, f, rows() / f);
-        const int upper = (v.first - top) * n_cols - left, lower = (v.second - top) * n_cols - left;
-#pragma unroll
-        for (int o = 0; o < outs_per_thread; ++o) {
-          const A* m = shared.in.coarse[group * outs_per_thread + o];
-          const A above = (1 - h.part) * m[upper + h.first] + h.part * m[upper + h.second];
-          const A below = (1 - h.part) * m[lower + h.first] + h.part * m[lower + h.second];
-          sum[p][o] += (1 - v.part) * above + v.part * below;
-        }
-      }
-    }
-    __syncthreads();
-  }
-
-  // The convolution's result with its epilogue; zero outside the map, which is what the depthwise layers pad with.
-  __device__ __forceinline__ void fill_window() {
-    const int x = x0 - 2 + lane;
-#pragma unroll
-    for (int o = 0; o < outs_per_thread; ++o) {
-      const int channel = group * outs_per_thread + o;
-      if (channel >= outs) continue;
-      const int64_t parameter = a.to.begin(s) + out0 + channel;
-      const A bias = widen(a.layers[0].bias[parameter]), slope = widen(a.layers[0].slope[parameter]);
-#pragma unroll
-      for (int p = 0; p < rows_per_thread; ++p) {
-        const int y = y0 - 2 + row0 + p;
-        const bool inside = y >= 0 && y < rows() && x >= 0 && x < cols();
-        shared.window[channel][(row0 + p) * window_cols + lane] = inside ? prelu(sum[p][o] + bias, slope) : A(0);
-      }
-    }
-  }
-
-  // One depthwise layer on its way down the rows: two rows of results are begun, the oldest is ready with each new row.
-  struct Depthwise {
-    A w[9], bias, slope, begun[2] = {};
-    __device__ __forceinline__ Depthwise(const Layer<T>& layer, int64_t channel)
-        : bias(widen(layer.bias[channel])),
-          slope(widen(layer.slope[channel])) {
-#pragma unroll
-      for (int t = 0; t < 9; ++t) w[t] = widen(layer.weight[channel * 9 + t]);
-    }
-    __device__ __forceinline__ A row(A left, A middle, A right) {
-      const A ready = begun[0] + w[6] * left + w[7] * middle + w[8] * right;
-      begun[0] = begun[1] + w[3] * left + w[4] * middle + w[5] * right;
-      begun[1] = w[0] * left + w[1] * middle + w[2] * right;
-      return prelu(ready + bias, slope);
-    }
-  };
-
-  // Both depthwise layers of one channel, by one warp; the outermost lanes have no neighbour, and nobody needs them.
-  __device__ __forceinline__ void run_depthwise(int c) const {
-    const int64_t channel = a.to.begin(s) + out0 + c;
-    Depthwise first(a.layers[1], channel), second(a.layers[2], channel);
-    const int x = x0 - 2 + lane;
-    const bool inside = x >= 0 && x < cols(), stores = lane >= 2 && lane < window_cols - 2 && inside;
-    const A* u = shared.window[c];
-    T* out = a.targets[s] + (b * a.to.channels[s] + out0 + c) * a.to.area(s) + x;
-#pragma unroll 2
-    for (int r = 0; r < window_rows; ++r, u += window_cols) {
-      const A middle = first.row(u[lane > 0 ? lane - 1 : 0], u[lane], u[lane < window_cols - 1 ? lane + 1 : lane]);
-      const int y = y0 - 3 + r;  // of this result; the second layer's is one row above
-      const A v = r >= 2 && y >= 0 && y < rows() && inside ? middle : A(0);
-      const A left = __shfl_sync(whole_warp, v, (lane + 31) % 32), right = __shfl_sync(whole_warp, v, (lane + 1) % 32);
-      const A result = second.row(left, v, right);
-      if (r >= 4 && stores && y - 1 < rows()) narrow(result, out[static_cast<int64_t>(y - 1) * cols()]);
-    }
-  }
-};
 
 template <class T, int k>
 __global__ void __launch_bounds__(group_threads* most_groups, k == 1 ? most_resident : 2)
@@ -273,27 +40,40 @@ __global__ void __launch_bounds__(group_threads* most_groups, k == 1 ? most_resi
             thread / group_threads,
             warp % row_groups * rows_per_thread,
             thread % 32};
-  for (int i = a.from.scales - 1; i > s; --i) work.add_coarser(i);
-  for (int i = 0; i <= least(s, a.from.scales - 1); ++i) work.add_finer(i);
-  work.fill_window();
+  if (k != 1)
+    for (int i = a.from.scales - 1; i > s; --i) work.add_apart(i);
+  for (int i = 0; i < (k == 1 ? a.from.scales : least(s + 1, a.from.scales)); ++i) work.add(i);
+  if constexpr (Work::tensor_cores)
+    work.fill_window_from_tiles();
+  else
+    work.fill_window();
   __syncthreads();
   for (int c = warp; c < work.outs; c += static_cast<int>(blockDim.x) / 32) work.run_depthwise(c);
 }
 
 }  // namespace
 
+// A 1x1 convolution of 2x2 averages: no network has one, and the launch would need one more way to read a source.
+static bool averages_pixels(const GOctConvShape& shape) { return shape.kernel == 1 && shape.stride == 2; }
+
 bool ilblock_is_one_launch(const GOctConvShape& shape) {
-  return shape.in.total() * shape.kernel * shape.kernel <= most_work;
+  return !averages_pixels(shape) && shape.in.total() * shape.kernel * shape.kernel <= most_work;
 }
 
 cudaError_t ilblock(Type type, const GOctConvShape& shape, Pointers xs, Pointers weights, Pointers biases,
                     Pointers slopes, MutablePointers ys, cudaStream_t stream) {
+  if (averages_pixels(shape)) return cudaErrorInvalidValue;
   return for_type(type, [&](auto zero) {
     using T = decltype(zero);
     Arguments<T> a{};
     a.from = shape.in, a.to = shape.out, a.stored = shape.in;
     a.from.height = shape.out.height, a.from.width = shape.out.width;
-    for (int i = 0; i < a.from.scales; ++i) a.sources[i] = static_cast<const T*>(xs[i]);
+    for (int i = 0; i < a.from.scales; ++i) {
+      a.sources[i] = static_cast<const T*>(xs[i]);
+      a.pairs[i] =
+          shape.stride == 1 && a.from.cols(i) % 2 == 0 && reinterpret_cast<uintptr_t>(xs[i]) % (2 * sizeof(T)) == 0;
+      a.from_begin[i] = a.from.begin(i);
+    }
     for (int l = 0; l < 3; ++l)
       a.layers[l] = {static_cast<const T*>(weights[l]), static_cast<const T*>(biases[l]),
                      static_cast<const T*>(slopes[l])};
@@ -301,8 +81,9 @@ cudaError_t ilblock(Type type, const GOctConvShape& shape, Pointers xs, Pointers
     int64_t most = 1;
     for (int s = 0; s < a.to.scales; ++s) most = a.to.channels[s] > most ? a.to.channels[s] : most;
     a.groups = static_cast<int>(least<int64_t>(most_groups, divide_up<int64_t>(most, outs_per_thread)));
+    if (Tile<T, 1>::tensor_cores && shape.kernel == 1) a.groups = most_groups;  // they take 16 channels
     for (int s = 0; s < a.to.scales; ++s) {
-      a.targets[s] = static_cast<T*>(ys[s]);
+      a.targets[s] = static_cast<T*>(ys[s]), a.to_begin[s] = a.to.begin(s);
       a.blocks.first[s + 1] = a.blocks.first[s] + a.to.batch * divide_up<int64_t>(a.to.rows(s), tile_rows) *
                                                       divide_up<int64_t>(a.to.cols(s), tile_cols) *
                                                       divide_up<int64_t>(a.to.channels[s], a.groups * outs_per_thread);

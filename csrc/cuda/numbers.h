@@ -83,6 +83,29 @@ __device__ __forceinline__ void put(const Vector& v, int64_t i, A x) {
   }
 }
 
+// The smaller and the larger of two numbers; NaN where there is one. In float32 one instruction, where the conditions
+// are four.
+template <class A>
+__device__ __forceinline__ A smaller(A a, A b) {
+  return b < a || b != b ? b : a;
+}
+template <class A>
+__device__ __forceinline__ A larger(A a, A b) {
+  return b > a || b != b ? b : a;
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <>
+__device__ __forceinline__ float smaller(float a, float b) {
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+  return a;
+}
+template <>
+__device__ __forceinline__ float larger(float a, float b) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+  return a;
+}
+#endif
+
 // PReLU: x where x > 0, slope · x elsewhere (also for a negative slope, and NaN stays NaN).
 template <class A>
 __device__ __forceinline__ A prelu(A x, A slope) {
@@ -97,6 +120,10 @@ template <class I>
 constexpr __host__ __device__ I least(I a, I b) {
   return a < b ? a : b;
 }
+
+// Behind this the compiler knows nothing of i. Left to itself it works out every way to read a source before the first
+// loop, and keeps all of that in registers through the multiplication.
+__device__ __forceinline__ void recompute(int& i) { asm volatile("" : "+r"(i)); }
 
 // i / d and the rest, in 32 bits where both fit: a division of 64-bit numbers costs a hundred instructions.
 __device__ __forceinline__ int64_t divide(int64_t i, int64_t d, int64_t& rest) {

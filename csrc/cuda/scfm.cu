@@ -5,9 +5,9 @@
 //
 // Places are exact: whole numbers are divided, and the rest is the weight.
 //
-// Forward: a thread has 16 bytes of a row of x (one number where they are not aligned). Walking along them it keeps
-// the two columns of y that it is between, blended down. Bytes: x, y and the result once; 3 FLOPs per number and
-// 4 per column of y: memory bounds it.
+// Forward: a thread has 16 bytes (one number where they are not aligned) of each of four rows of x, all asked for at
+// once. Walking along them it keeps the two columns of y that it is between, blended down. Bytes: x, y and the result
+// once; 3 FLOPs per number and 4 per column of y: memory bounds it.
 //
 // Backward: gx = g + g up(y). gy = up's transpose of g x: a block has a tile of gy and goes through the part of x
 // that lies above it, in pieces: products into shared memory (and gx into memory on the way), sums along the rows,
@@ -62,8 +62,8 @@ struct Blended {
   const T *above, *under;
   A part;
   int last;
-  __device__ __forceinline__ Blended(const T* y, const Axis& down, const Axis& along, int r, A per_rest) {
-    const Place<A> place(down, r);
+  __device__ __forceinline__ Blended(const T* y, const Axis& down, const Axis& along, const Place<A>& place,
+                                     A per_rest) {
     above = y + static_cast<int64_t>(place.first()) * along.small;
     under = y + static_cast<int64_t>(least(place.first() + 1, down.small - 1)) * along.small;
     part = place.part(per_rest), last = along.small - 1;
@@ -84,34 +84,45 @@ struct Arguments {
 };
 
 // ------------------------------------------------------------------------------------------- forward
+constexpr int strip = 4;  // rows of a thread
+
 template <class T, int n>
 __global__ void __launch_bounds__(threads) fuse(const __grid_constant__ Arguments<T> a) {
   using A = typename Sum<T>::type;
-  int64_t pack, r;
-  const int64_t packs = divide_up(a.along.large, n);
-  const int64_t line = divide(static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x, packs, pack);
-  const int64_t plane = divide(line, a.down.large, r);
+  int64_t pack, part;
+  const int64_t rest =
+      divide(static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x, divide_up(a.along.large, n), pack);
+  const int64_t plane = divide(rest, divide_up(a.down.large, strip), part);
   if (plane >= a.planes) return;
-  const int c0 = static_cast<int>(pack) * n;
-  const int64_t start = line * a.along.large + c0;
-  Pack<T, n> values = *reinterpret_cast<const Pack<T, n>*>(a.x + start);
+  const int r0 = static_cast<int>(part) * strip, c0 = static_cast<int>(pack) * n;
+  const int64_t start = (plane * a.down.large + r0) * a.along.large + c0;
+  Pack<T, n> values[strip];
+#pragma unroll
+  for (int i = 0; i < strip; ++i)
+    if (r0 + i < a.down.large)
+      values[i] = *reinterpret_cast<const Pack<T, n>*>(a.x + start + static_cast<int64_t>(i) * a.along.large);
   const A per_row = A(0.5) / A(a.down.large), per_col = A(0.5) / A(a.along.large);
   const T* y = a.y + plane * a.down.small * a.along.small;
-  const Blended<T> row(y, a.down, a.along, static_cast<int>(r), per_row);
-  Place<A> place(a.along, c0);
-  int at = place.first();
-  A here = row.at(at), after = row.at(at + 1);
+  const Place<A> first(a.along, c0);
+  Place<A> down(a.down, r0);
 #pragma unroll
-  for (int i = 0; i < n; ++i) {
-    if (place.first() != at) {
-      here = place.first() == at + 1 ? after : row.at(place.first());
-      at = place.first(), after = row.at(at + 1);
+  for (int i = 0; i < strip; ++i, down.next(a.down)) {
+    if (r0 + i >= a.down.large) break;
+    const Blended<T> row(y, a.down, a.along, down, per_row);
+    Place<A> place = first;
+    int at = place.first();
+    A here = row.at(at), after = row.at(at + 1);
+#pragma unroll
+    for (int j = 0; j < n; ++j, place.next(a.along)) {
+      if (place.first() != at) {
+        here = place.first() == at + 1 ? after : row.at(place.first());
+        at = place.first(), after = row.at(at + 1);
+      }
+      const A weight = place.part(per_col), up = (1 - weight) * here + weight * after, v = widen(values[i].v[j]);
+      narrow(a.multiply ? v + v * up : v + up, values[i].v[j]);
     }
-    const A part = place.part(per_col), up = (1 - part) * here + part * after, v = widen(values.v[i]);
-    narrow(a.multiply ? v + v * up : v + up, values.v[i]);
-    place.next(a.along);
+    *reinterpret_cast<Pack<T, n>*>(a.out + start + static_cast<int64_t>(i) * a.along.large) = values[i];
   }
-  *reinterpret_cast<Pack<T, n>*>(a.out + start) = values;
 }
 
 // ------------------------------------------------------------------------------------------ backward
@@ -165,7 +176,7 @@ __global__ void __launch_bounds__(threads, 3) fuse_backward(const __grid_constan
       __syncthreads();
       if (warp < rows) {
         const int64_t start = large + static_cast<int64_t>(top + warp) * a.along.large + left;
-        const Blended<T> row(a.y + small, a.down, a.along, top + warp, per_row);
+        const Blended<T> row(a.y + small, a.down, a.along, Place<A>(a.down, top + warp), per_row);
         const bool my_row = a.out != nullptr && shared.row_first[warp] >= r0;
         for (int i = lane; i < cols; i += 32) {
           const A g = widen(a.g[start + i]);
@@ -218,7 +229,7 @@ cudaError_t scfm(Type type, const ScfmShape& shape, const void* x, const void* y
     using T = decltype(zero);
     constexpr int n = 16 / sizeof(T);
     const bool packed = shape.cols % n == 0 && is_aligned(x) && is_aligned(out);
-    const int64_t work = shape.maps * shape.rows * (packed ? shape.cols / n : shape.cols);
+    const int64_t work = shape.maps * divide_up<int64_t>(shape.rows, strip) * (packed ? shape.cols / n : shape.cols);
     return launch(packed ? fuse<T, n> : fuse<T, 1>, divide_up<int64_t>(work, threads), threads, stream,
                   arguments_of<T>(shape, x, y, out));
   });

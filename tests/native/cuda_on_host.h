@@ -273,6 +273,22 @@ T exchange(T value, unsigned from_lane) {
   return value;
 }
 
+// What csrc/cuda/tensor.h says of the tensor cores.
+inline void multiply_add(float (&d)[4], const float (&a)[2][2], const float (&b)[2]) {
+  static float rows[most_threads / warp_size][16][8], cols[most_threads / warp_size][8][8];
+  const unsigned lane = thread.x % warp_size, g = lane / 4, t = lane % 4;
+  auto& left = rows[thread.x / warp_size];
+  auto& right = cols[thread.x / warp_size];
+  for (unsigned i = 0; i < 2; ++i) {
+    left[g][2 * t + i] = a[0][i], left[g + 8][2 * t + i] = a[1][i];
+    right[2 * t + i][g] = b[i];
+  }
+  Fibre::wait(Fibre::State::at_warp_barrier);
+  for (unsigned i = 0; i < 4; ++i)
+    for (unsigned n = 0; n < 8; ++n) d[i] += left[g + 8 * (i / 2)][n] * right[n][2 * t + i % 2];
+  Fibre::wait(Fibre::State::at_warp_barrier);
+}
+
 template <class... Parameters, class... Arguments>
 void run_grid(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, const Arguments&... arguments) {
   if (threads == 0 || threads > most_threads || threads % warp_size != 0) stop("a block must have 32 to 1024 threads");

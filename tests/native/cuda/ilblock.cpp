@@ -48,8 +48,14 @@ void test_ilblock(int cases) {
         cuda::depthwise(type, depthwise, in(first), weights[1], biases[1], slopes[1], false, out(second), nullptr));
     expect_done(
         cuda::depthwise(type, depthwise, in(second), weights[2], biases[2], slopes[2], false, out(expected), nullptr));
-    expect_done(cuda::ilblock(type, shape, in(xs), in(weights), in(biases), in(slopes), out(found), nullptr));
-    expect_equal(name, found.values(), expected.values(), 1e-13);
+    const cudaError_t done =
+        cuda::ilblock(type, shape, in(xs), in(weights), in(biases), in(slopes), out(found), nullptr);
+    if (shape.kernel == 1 && shape.stride == 2) {
+      if (done == cudaSuccess || cuda::ilblock_is_one_launch(shape)) fail(name + " was not refused", done, 0);
+    } else {
+      expect_done(done);
+      expect_equal(name, found.values(), expected.values(), 1e-13);
+    }
 
     Maps<T> plain(shape.out, NAN), measured(shape.out, NAN), tiles({Values(workspace_values(shape), NAN)});
     Maps<T> moments({Values(static_cast<size_t>(2 * shape.out.batch * n), NAN)});

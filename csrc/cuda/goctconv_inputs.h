@@ -1,0 +1,268 @@
+// What a block of the cross-scale convolution brings into shared memory: see goctconv_tile.h for the block.
+//
+// What keeps such a kernel slow is waiting, so a thread asks for all that it brings of several channels before it
+// stores the first of it: it works out where its pixels lie once, then reads them in channel after channel. Where rows
+// are whole and aligned, four pixels are one access; the 2x2 max-pool and the transpose of upsampling by two have such
+// a form too.
+#pragma once
+
+#include "cuda/resample.h"
+#include "cuda/tile_moments.h"
+
+namespace sodfast::cuda {
+namespace {
+
+constexpr int side = 16, outs_per_thread = 8, pixels_per_thread = 4, most_groups = 4;
+constexpr int quads_per_row = side / pixels_per_thread, group_threads = side * quads_per_row;  // 64
+constexpr int most_outs = outs_per_thread * most_groups;
+constexpr int coarse_side = side / 2 + 2, coarse_pixels = coarse_side * coarse_side;
+constexpr int warp_tiles = 8;                // of 16 channels and 8 pixels, that a warp multiplies on tensor cores
+constexpr int weight_pitch = most_outs + 4;  // whole 16 bytes, and not all rows in one bank
+
+// `from` and `to` are the sides of this direction at the sizes of the convolution; stored: the inputs' sizes in
+// memory, twice that at stride 2.
+template <class T>
+struct Arguments {
+  Pyramid from, to, stored;
+  const T* sources[max_scales];
+  const T* inputs[max_scales];  // backward: where the maxima are
+  T* targets[max_scales];
+  bool quads[max_scales], input_quads[max_scales];       // their rows are whole, aligned fours of what is convolved
+  int64_t from_begin[max_scales], to_begin[max_scales];  // first channel of a scale among all
+  const T *weight, *bias, *slope;
+  int64_t weight_cols;  // input channels in all
+  int stride, groups;
+  BlockRanges blocks;
+  TileMoments moments;  // where they are asked for
+};
+
+template <class T, int k, bool backward>
+struct Inputs {
+  using A = typename Sum<T>::type;
+  using Quad = Pack<A, pixels_per_thread>;
+  static constexpr int k2 = k * k, halo = k / 2, chunk = k == 1 ? 16 : 8;
+  static constexpr int tile_side = side + 2 * halo, pitch = k == 1 ? side : side + 4;
+  static constexpr bool coarse_apart = k != 1 || backward;
+  static constexpr bool tensor_cores = sizeof(T) == 2;
+  static constexpr int plane = tile_side * pitch + 4;  // = 4 mod 8: a warp reads 4 channels at 8 pixels, each its bank
+  static constexpr int result_pitch = side * side + 4, result_rows = 16;
+  static constexpr int room =
+      chunk * plane > result_rows* result_pitch || !tensor_cores ? chunk * plane : result_rows * result_pitch;
+  static constexpr int weights_per_thread = chunk * k2 * outs_per_thread / group_threads;
+
+  struct Shared {
+    alignas(sizeof(Quad)) A values[room];  // [channel of the chunk][place]; after the last one, results
+    alignas(sizeof(Quad)) A weights[chunk * k2][weight_pitch];
+    A coarse[coarse_apart ? most_outs : 1][coarse_pixels + 1];
+  };
+
+  const Arguments<T>& a;
+  Shared& shared;
+  int s;             // target scale
+  int64_t b;         // sample
+  int y0, x0, out0;  // first row, column and channel of the tile
+  int outs;          // channels of it, at most 32
+  int group, pixel;  // of this thread
+
+  __device__ __forceinline__ int rows() const { return static_cast<int>(a.to.rows(s)); }
+  __device__ __forceinline__ int cols() const { return static_cast<int>(a.to.cols(s)); }
+  __device__ __forceinline__ int row() const { return y0 + pixel / quads_per_row; }
+  __device__ __forceinline__ int col() const { return x0 + pixel % quads_per_row * pixels_per_thread; }
+  __device__ __forceinline__ bool busy() const { return group * outs_per_thread < outs; }
+
+  // ------------------------------------------------------------------------------------------------ sources
+  __device__ __forceinline__ int64_t area(int i) const { return backward ? a.from.area(i) : a.stored.area(i); }
+  __device__ __forceinline__ const T* planes(int i, int64_t c) const {
+    return a.sources[i] + (b * a.from.channels[i] + c) * area(i);
+  }
+
+  // A plane of source scale i as scale `at` sees it at (y, x).
+  __device__ __forceinline__ A value(const T* plane, int i, int at, int y, int x) const {
+    const int from_rows = static_cast<int>(a.from.rows(i)), from_cols = static_cast<int>(a.from.cols(i));
+    if (backward) return lowered(plane, from_rows, from_cols, y, x, 1 << (at - i));
+    return seen_from(at, Plane<T>{plane, static_cast<int>(a.stored.cols(i)), a.stride == 2}, i, from_rows, from_cols, y,
+                     x);
+  }
+
+  // This thread's four pixels of one plane. `plain`: at its own size.
+  __device__ __forceinline__ Quad plain(const T* plane) const {
+    Quad quad{};
+    if (row() < rows() && col() < cols()) {
+      const auto read = *reinterpret_cast<const Pack<T, 4>*>(plane + static_cast<int64_t>(row()) * cols() + col());
+#pragma unroll
+      for (int p = 0; p < 4; ++p) quad.v[p] = widen(read.v[p]);
+    }
+    return quad;
+  }
+  // The maxima of 2 x 2 of a plane twice as fine; NaN where there is one.
+  __device__ __forceinline__ Quad pooled(const T* plane, int fine_cols) const {
+    Quad quad{};
+    const T* p = plane + static_cast<int64_t>(2 * row()) * fine_cols + 2 * col();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (row() >= rows() || col() + 2 * half >= cols()) continue;
+      const auto upper = *reinterpret_cast<const Pack<T, 4>*>(p + 4 * half),
+                 lower = *reinterpret_cast<const Pack<T, 4>*>(p + fine_cols + 4 * half);
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        quad.v[2 * half + j] = larger(larger(A(widen(upper.v[2 * j])), A(widen(upper.v[2 * j + 1]))),
+                                      larger(A(widen(lower.v[2 * j])), A(widen(lower.v[2 * j + 1]))));
+    }
+    return quad;
+  }
+  // The transpose of upsampling by two: 4 x 4 values of the finer plane, weighed 1, 3, 3, 1 each way; the border takes
+  // what would have gone over it.
+  __device__ __forceinline__ Quad lowered_by_two(const T* plane, int fine_cols) const {
+    Quad quad{};
+    if (row() >= rows() || col() >= cols()) return quad;
+    const T* p = plane + static_cast<int64_t>(2 * row() - 1) * fine_cols + 2 * col();
+#pragma unroll 2
+    for (int dy = 0; dy < 4; ++dy, p += fine_cols) {
+      const bool over_top = row() == 0 && dy < 2, over_bottom = row() == rows() - 1 && dy >= 2;
+      if ((over_top && dy == 0) || (over_bottom && dy == 3)) continue;
+      const A weight = over_top || over_bottom ? A(1) : dy == 0 || dy == 3 ? A(0.25) : A(0.75);
+      A v[2 * pixels_per_thread + 2] = {};
+      if (col() > 0) v[0] = widen(p[-1]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (col() + 2 * half >= cols()) continue;
+        const auto read = *reinterpret_cast<const Pack<T, 4>*>(p + 4 * half);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) v[1 + 4 * half + j] = widen(read.v[j]);
+      }
+      if (col() + 4 < cols()) v[9] = widen(p[8]);
+#pragma unroll
+      for (int q = 0; q < pixels_per_thread; ++q) {
+        const A left = col() + q == 0 ? A(1) : A(0.75), right = col() + q == cols() - 1 ? A(1) : A(0.75);
+        quad.v[q] += weight * (A(0.25) * (v[2 * q] + v[2 * q + 3]) + left * v[2 * q + 1] + right * v[2 * q + 2]);
+      }
+    }
+    return quad;
+  }
+
+  // ------------------------------------------------------------------------------------- into shared memory
+  // Tensor cores take eight channels at once: what is missing of these is zero.
+  static __device__ __forceinline__ int filled(int count) { return tensor_cores ? divide_up(count, 8) * 8 : count; }
+  // k = 1: each thread brings its own pixels of every groups-th channel, `ahead` of them asked for at once; E: of which
+  // type, a quad or one value.
+  template <class E, int ahead, class Read>
+  __device__ __forceinline__ void bring(const T* from, int64_t plane_area, int count, int p, const Read& read) {
+    const int64_t step = a.groups * plane_area;
+    from += group * plane_area;
+#pragma unroll 1
+    for (int c = group; c < filled(count); c += ahead * a.groups) {
+      E values[ahead] = {};
+#pragma unroll
+      for (int j = 0; j < ahead; ++j, from += step)
+        if (c + j * a.groups < count) values[j] = read(from);
+#pragma unroll
+      for (int j = 0; j < ahead; ++j)
+        if (c + j * a.groups < filled(count))
+          *reinterpret_cast<E*>(&shared.values[(c + j * a.groups) * plane + pixel * pixels_per_thread + p]) = values[j];
+    }
+  }
+  __device__ __forceinline__ void stage_pixels(int i, int64_t c0, int count) {
+    const T* const first = planes(i, c0);
+    const int from_cols = static_cast<int>(a.from.cols(i));
+    const bool whole = a.quads[i] && (backward || a.stride == 1);
+    if (i == s && whole) return bring<Quad, 4>(first, area(i), count, 0, [&](const T* p) { return plain(p); });
+    if (i == s - 1 && whole && (!backward || (from_cols == 2 * cols() && a.from.rows(i) == 2 * rows())))
+      return bring<Quad, 1>(first, area(i), count, 0,
+                            [&](const T* p) { return backward ? lowered_by_two(p, from_cols) : pooled(p, from_cols); });
+#pragma unroll 1
+    for (int p = 0; p < pixels_per_thread; ++p) {
+      const int y = row(), x = col() + p;
+      if (y >= rows() || x >= cols()) {
+        bring<A, 4>(first, 0, count, p, [](const T*) { return A(0); });
+      } else if (i > s && a.stride == 1) {
+        const Bilinear<A> v(y, 1 << (i - s), static_cast<int>(a.from.rows(i))), h(x, 1 << (i - s), from_cols);
+        const int64_t upper = int64_t(v.first) * from_cols, lower = int64_t(v.second) * from_cols;
+        bring<A, 4>(first, area(i), count, p, [&](const T* plane) {
+          const A above = mix(h, widen(plane[upper + h.first]), widen(plane[upper + h.second]));
+          return mix(v, above, mix(h, widen(plane[lower + h.first]), widen(plane[lower + h.second])));
+        });
+      } else {
+        bring<A, 1>(first, area(i), count, p, [&](const T* plane) { return value(plane, i, s, y, x); });
+      }
+    }
+  }
+
+  // One value of `count` channels, p: where it is in the first of them.
+  template <int ahead, class Read>
+  __device__ __forceinline__ void put(const T* p, int64_t plane_area, int count, int place, bool inside,
+                                      const Read& read) {
+#pragma unroll 1
+    for (int c = 0; c < filled(count); c += ahead) {
+      A values[ahead];
+#pragma unroll
+      for (int j = 0; j < ahead; ++j, p += plane_area) values[j] = inside && c + j < count ? read(p) : A(0);
+#pragma unroll
+      for (int j = 0; j < ahead; ++j)
+        if (c + j < filled(count)) shared.values[(c + j) * plane + place] = values[j];
+    }
+  }
+  // Any k: `count` channels, n x n pixels from (top, left) on; zero outside.
+  __device__ __forceinline__ void stage(int i, int64_t c0, int count, int at, int top, int left, int n, int n_pitch) {
+    const int at_rows = static_cast<int>(a.to.rows(at)), at_cols = static_cast<int>(a.to.cols(at));
+    const int row_pitch = static_cast<int>(backward ? a.from.cols(i) : a.stored.cols(i));
+    const int side_read = backward ? (i == at ? 1 : 0) : a.stride << (at - i);  // stored pixels per pixel; 0: unlike
+    const T* const first = planes(i, c0);
+    for (int e = static_cast<int>(threadIdx.x); e < n * n; e += static_cast<int>(blockDim.x)) {
+      const int r = e / n, y = top + r, x = left + e - r * n, place = r * n_pitch + e - r * n;
+      const bool inside = y >= 0 && y < at_rows && x >= 0 && x < at_cols;
+      const T* p = first + (static_cast<int64_t>(y) * row_pitch + x) * side_read;
+      if (side_read == 1) {
+        put<4>(p, area(i), count, place, inside, [](const T* q) { return A(widen(*q)); });
+      } else if (side_read == 2 && a.quads[i]) {
+        put<4>(p, area(i), count, place, inside, [&](const T* q) {
+          const auto upper = *reinterpret_cast<const Pack<T, 2>*>(q),
+                     lower = *reinterpret_cast<const Pack<T, 2>*>(q + row_pitch);
+          const A v[4] = {widen(upper.v[0]), widen(upper.v[1]), widen(lower.v[0]), widen(lower.v[1])};
+          return a.stride == 2 ? (v[0] + v[1] + v[2] + v[3]) * A(0.25) : larger(larger(v[0], v[1]), larger(v[2], v[3]));
+        });
+      } else if (side_read == 4 && a.stride == 2 && a.quads[i]) {  // the maximum of four averages
+        put<2>(p, area(i), count, place, inside, [&](const T* q) {
+          A averages[4];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const auto* rows = reinterpret_cast<const Pack<T, 4>*>(q + 2 * half * row_pitch);
+            const Pack<T, 4> upper = rows[0], lower = rows[row_pitch / 4];
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+              averages[2 * half + j] = (widen(upper.v[2 * j]) + widen(upper.v[2 * j + 1]) + widen(lower.v[2 * j]) +
+                                        widen(lower.v[2 * j + 1])) *
+                                       A(0.25);
+          }
+          return larger(larger(averages[0], averages[1]), larger(averages[2], averages[3]));
+        });
+      } else {
+        put<1>(first, area(i), count, place, inside, [&](const T* plane) { return value(plane, i, at, y, x); });
+      }
+    }
+  }
+
+  // Their weights, [channel and tap][output]; zero past the last output.
+  __device__ __forceinline__ void stage_weights(int i, int64_t c0, int count) {
+    const int64_t source0 = a.from_begin[i] + c0, target0 = a.to_begin[s] + out0;
+    constexpr int ahead = k == 1 ? 2 : 3;
+    static_assert(weights_per_thread % ahead == 0);
+#pragma unroll 1
+    for (int n = 0; n < weights_per_thread; n += ahead) {
+      A w[ahead];
+      int taps[ahead], outputs[ahead];
+#pragma unroll
+      for (int j = 0; j < ahead; ++j) {
+        const int e = static_cast<int>(threadIdx.x) + (n + j) * static_cast<int>(blockDim.x);
+        const int o = outputs[j] = e / (chunk * k2), tap = taps[j] = e - o * (chunk * k2), c = tap / k2;
+        const int64_t at = backward ? ((source0 + c) * a.weight_cols + target0 + o) * k2 + (k2 - 1 - (tap - c * k2))
+                                    : ((target0 + o) * a.weight_cols + source0) * k2 + tap;
+        w[j] = c < count && o < outs ? widen(a.weight[at]) : A(0);
+      }
+#pragma unroll
+      for (int j = 0; j < ahead; ++j) shared.weights[taps[j]][outputs[j]] = w[j];
+    }
+  }
+};
+
+}  // namespace
+}  // namespace sodfast::cuda
