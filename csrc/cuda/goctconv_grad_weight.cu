@@ -98,7 +98,7 @@ struct Problem {
     const T* planes = gys[g.s] + g.first + at.b * g.sample;
     if (g.factor == 1) {
       copy_lines(planes, g.plane, g.count, g.cols, at, g.packed, lines);
-    } else if (g.factor == 2 && g.packed && p.cols % 4 == 0) {
+    } else if (g.factor == 2 && g.packed) {
       fill_lines<1>(g.count, lines, [&](int line) {
         return at.count > 0 ? lowered_quad(planes + line * g.plane, p.rows, p.cols, at.y, at.x) : Pack<A, 4>{};
       });
@@ -134,9 +134,9 @@ struct Problem {
       }
     } else if (as_stored) {
       copy_lines(planes, x.plane, x.count, x.cols, at, x.packed, lines);
-    } else if (x.factor == 2 && !averaged && x.packed && p.cols % 4 == 0) {
+    } else if (x.factor == 2 && !averaged && x.packed) {
       fill_lines<2>(x.count, lines, [&](int line) {
-        return at.count > 0 ? halved_quad(planes + line * x.plane, x.cols, at.y, at.x) : Pack<A, 4>{};
+        return at.count > 0 ? halved_quad(planes + line * x.plane, x.cols, at.y, at.x, p.cols) : Pack<A, 4>{};
       });
     } else {
       fill_lines<1>(x.count, lines, [&](int line) {

@@ -6,7 +6,7 @@
 // a form too.
 #pragma once
 
-#include "cuda/resample.h"
+#include "cuda/resample_quad.h"
 #include "cuda/tile_moments.h"
 
 namespace sodfast::cuda {
@@ -94,50 +94,11 @@ struct Inputs {
     }
     return quad;
   }
-  // The maxima of 2 x 2 of a plane twice as fine; NaN where there is one.
-  __device__ __forceinline__ Quad pooled(const T* plane, int fine_cols) const {
-    Quad quad{};
-    const T* p = plane + static_cast<int64_t>(2 * row()) * fine_cols + 2 * col();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (row() >= rows() || col() + 2 * half >= cols()) continue;
-      const auto upper = *reinterpret_cast<const Pack<T, 4>*>(p + 4 * half),
-                 lower = *reinterpret_cast<const Pack<T, 4>*>(p + fine_cols + 4 * half);
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-        quad.v[2 * half + j] = larger(larger(A(widen(upper.v[2 * j])), A(widen(upper.v[2 * j + 1]))),
-                                      larger(A(widen(lower.v[2 * j])), A(widen(lower.v[2 * j + 1]))));
-    }
-    return quad;
-  }
-  // The transpose of upsampling by two: 4 x 4 values of the finer plane, weighed 1, 3, 3, 1 each way; the border takes
-  // what would have gone over it.
-  __device__ __forceinline__ Quad lowered_by_two(const T* plane, int fine_cols) const {
-    Quad quad{};
-    if (row() >= rows() || col() >= cols()) return quad;
-    const T* p = plane + static_cast<int64_t>(2 * row() - 1) * fine_cols + 2 * col();
-#pragma unroll 2
-    for (int dy = 0; dy < 4; ++dy, p += fine_cols) {
-      const bool over_top = row() == 0 && dy < 2, over_bottom = row() == rows() - 1 && dy >= 2;
-      if ((over_top && dy == 0) || (over_bottom && dy == 3)) continue;
-      const A weight = over_top || over_bottom ? A(1) : dy == 0 || dy == 3 ? A(0.25) : A(0.75);
-      A v[2 * pixels_per_thread + 2] = {};
-      if (col() > 0) v[0] = widen(p[-1]);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (col() + 2 * half >= cols()) continue;
-        const auto read = *reinterpret_cast<const Pack<T, 4>*>(p + 4 * half);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) v[1 + 4 * half + j] = widen(read.v[j]);
-      }
-      if (col() + 4 < cols()) v[9] = widen(p[8]);
-#pragma unroll
-      for (int q = 0; q < pixels_per_thread; ++q) {
-        const A left = col() + q == 0 ? A(1) : A(0.75), right = col() + q == cols() - 1 ? A(1) : A(0.75);
-        quad.v[q] += weight * (A(0.25) * (v[2 * q] + v[2 * q + 3]) + left * v[2 * q + 1] + right * v[2 * q + 2]);
-      }
-    }
-    return quad;
+  // … pooled, or lowered, by two.
+  __device__ __forceinline__ Quad from_finer(const T* plane, int fine_cols) const {
+    if (row() >= rows() || col() >= cols()) return {};
+    return backward ? lowered_quad(plane, rows(), cols(), row(), col())
+                    : halved_quad(plane, fine_cols, row(), col(), cols());
   }
 
   // ------------------------------------------------------------------------------------- into shared memory
@@ -167,8 +128,7 @@ struct Inputs {
     const bool whole = a.quads[i] && (backward || a.stride == 1);
     if (i == s && whole) return bring<Quad, 4>(first, area(i), count, 0, [&](const T* p) { return plain(p); });
     if (i == s - 1 && whole && (!backward || (from_cols == 2 * cols() && a.from.rows(i) == 2 * rows())))
-      return bring<Quad, 1>(first, area(i), count, 0,
-                            [&](const T* p) { return backward ? lowered_by_two(p, from_cols) : pooled(p, from_cols); });
+      return bring<Quad, 1>(first, area(i), count, 0, [&](const T* p) { return from_finer(p, from_cols); });
 #pragma unroll 1
     for (int p = 0; p < pixels_per_thread; ++p) {
       const int y = row(), x = col() + p;

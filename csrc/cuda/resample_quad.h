@@ -6,12 +6,6 @@
 
 namespace sodfast::cuda {
 
-// The larger of both; NaN if one of them is.
-template <class A>
-__device__ __forceinline__ A larger(A a, A b) {
-  return b > a || b != b ? b : a;
-}
-
 // Pixels x to x + n - 1 of row y of a plane that is rows x cols after the max-pool over f x f; zero outside.
 template <int n, class T>
 __device__ __forceinline__ void read_pooled(const Plane<T>& plane, int y, int x, int rows, int cols, int f,
@@ -31,19 +25,23 @@ __device__ __forceinline__ void read_pooled(const Plane<T>& plane, int y, int x,
     }
 }
 
-// The same for four pixels inside, a factor of 2 and rows that are aligned and not averaged.
+// Pixels x to x + 3 of row y of a map of `cols` columns, an even number: the maxima of 2 x 2 of a plane with aligned
+// rows of fine_cols. Zero past the row.
 template <class T>
-__device__ __forceinline__ Pack<typename Sum<T>::type, 4> halved_quad(const T* plane, int cols, int y, int x) {
-  Pack<typename Sum<T>::type, 4> v;
-  const T* p = plane + static_cast<int64_t>(2 * y) * cols + 2 * x;
+__device__ __forceinline__ Pack<typename Sum<T>::type, 4> halved_quad(const T* plane, int fine_cols, int y, int x,
+                                                                      int cols) {
+  using A = typename Sum<T>::type;
+  Pack<A, 4> v{};
+  const T* p = plane + static_cast<int64_t>(2 * y) * fine_cols + 2 * x;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const Pack<T, 4> top = *reinterpret_cast<const Pack<T, 4>*>(p + 4 * h);
-    const Pack<T, 4> bottom = *reinterpret_cast<const Pack<T, 4>*>(p + cols + 4 * h);
+  for (int half = 0; half < 2; ++half) {
+    if (x + 2 * half >= cols) continue;
+    const auto top = *reinterpret_cast<const Pack<T, 4>*>(p + 4 * half),
+               bottom = *reinterpret_cast<const Pack<T, 4>*>(p + fine_cols + 4 * half);
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      v.v[2 * h + i] = larger(larger(widen(top.v[2 * i]), widen(top.v[2 * i + 1])),
-                              larger(widen(bottom.v[2 * i]), widen(bottom.v[2 * i + 1])));
+    for (int j = 0; j < 2; ++j)
+      v.v[2 * half + j] = larger(larger(A(widen(top.v[2 * j])), A(widen(top.v[2 * j + 1]))),
+                                 larger(A(widen(bottom.v[2 * j])), A(widen(bottom.v[2 * j + 1]))));
   }
   return v;
 }
@@ -83,30 +81,32 @@ __device__ __forceinline__ Pack<typename Sum<T>::type, 4> lowered_quad(const T* 
   return v;
 }
 
-// The same for a factor of 2, four pixels inside and aligned rows.
+// The same for a factor of 2, an even number of columns and aligned rows: 4 x 4 fine values to a pixel, weighed 1, 3,
+// 3, 1 each way; the border takes what would have gone over it.
 template <class T>
 __device__ __forceinline__ Pack<typename Sum<T>::type, 4> lowered_quad(const T* g, int rows, int cols, int y, int x) {
   using A = typename Sum<T>::type;
   Pack<A, 4> v{};
+  const T* p = g + static_cast<int64_t>(2 * y - 1) * (2 * cols) + 2 * x;
 #pragma unroll 2
-  for (int r = 0; r < 4; ++r) {
-    const int i = 2 * y - 1 + r;
-    if (static_cast<unsigned>(i) >= static_cast<unsigned>(2 * rows)) continue;
-    const A u = lowered_weight<A>(r, 2, y, rows);
-    const T* p = g + static_cast<int64_t>(i) * 2 * cols + 2 * x;
-    A fine[10];  // columns 2x - 1 to 2x + 8
-    fine[0] = x > 0 ? widen(p[-1]) : A(0);
+  for (int r = 0; r < 4; ++r, p += 2 * cols) {
+    if ((y == 0 && r == 0) || (y == rows - 1 && r == 3)) continue;
+    const A weight = lowered_weight<A>(r, 2, y, rows);
+    A fine[10] = {};  // columns 2x - 1 to 2x + 8
+    if (x > 0) fine[0] = widen(p[-1]);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const Pack<T, 4> quad = *reinterpret_cast<const Pack<T, 4>*>(p + 4 * h);
+    for (int half = 0; half < 2; ++half) {
+      if (x + 2 * half >= cols) continue;
+      const auto quad = *reinterpret_cast<const Pack<T, 4>*>(p + 4 * half);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) fine[1 + 4 * h + k] = widen(quad.v[k]);
+      for (int j = 0; j < 4; ++j) fine[1 + 4 * half + j] = widen(quad.v[j]);
     }
-    fine[9] = x + 4 < cols ? widen(p[8]) : A(0);
+    if (x + 4 < cols) fine[9] = widen(p[8]);
 #pragma unroll
-    for (int c = 0; c < 4; ++c)
-#pragma unroll
-      for (int t = 0; t < 4; ++t) v.v[c] += u * lowered_weight<A>(t, 2, x + c, cols) * fine[2 * c + t];
+    for (int c = 0; c < 4; ++c) {
+      const A left = x + c == 0 ? A(1) : A(0.75), right = x + c == cols - 1 ? A(1) : A(0.75);
+      v.v[c] += weight * (A(0.25) * (fine[2 * c] + fine[2 * c + 3]) + left * fine[2 * c + 1] + right * fine[2 * c + 2]);
+    }
   }
   return v;
 }
