@@ -1,7 +1,6 @@
 """What the loss of dynamic distillation is made of: its weight per image, and the loss."""
 
 import math
-import numbers
 from typing import Any
 
 import torch
@@ -57,9 +56,9 @@ def dkd_theta(
     _check_maps(student_logits, teacher_logits, truth)
     bound = 0.0 if threshold is None else threshold
     for name, value in (("p", p), ("threshold", bound), ("epsilon", epsilon)):
-        if not isinstance(value, numbers.Real):
+        if not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, not {value!r}")
-        if not 0 <= float(value) <= 1:
+        if not 0 <= value <= 1:
             raise ValueError(f"{name} must be in 0–1, not {value}")
     maps = student_logits.detach(), teacher_logits.detach(), truth.detach()
     if choose("dkd_theta", student_logits) == "reference":
