@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sodfast.ops._check import memory_format
+
 from ._common import area, check, check_like, check_shape
 
 _BLOCK = 512
@@ -124,12 +126,13 @@ def _run_fuse(x: Tensor, y: Tensor, multiply: bool) -> Tensor:
 
 def scfm(x: Tensor, y: Tensor, multiply: bool) -> Tensor:
     """See :func:`sodfast.ops.scfm`."""
-    return _run_fuse(*_maps("scfm", x, y), multiply)
+    return _run_fuse(*_maps("scfm", x, y), multiply).contiguous(memory_format=memory_format(x))
 
 
 def scfm_backward(grad: Tensor, x: Tensor, y: Tensor, multiply: bool) -> tuple[Tensor, Tensor]:
     """The gradients to x (empty without multiply: it is grad) and to y."""
     op = "scfm_backward"
+    layout = memory_format(x)
     x, y = _maps(op, x, y)
     grad = check_shape(op, "grad", grad, x.shape, x)
     check(grad.dtype == x.dtype, op, f"grad is {grad.dtype}, x is {x.dtype}")
@@ -141,4 +144,5 @@ def scfm_backward(grad: Tensor, x: Tensor, y: Tensor, multiply: bool) -> tuple[T
         block = 128 if area(y) < 2**14 else 256
         grid = planes, triton.cdiv(area(y), block)
         _gather[grid](grad, x, gy, *sizes, *most, MULTIPLY=multiply, WIDE=wide, BLOCK=block)
-    return gx, gy
+    gx = gx.contiguous(memory_format=layout) if multiply else gx
+    return gx, gy.contiguous(memory_format=layout)

@@ -88,7 +88,7 @@ def _load() -> None:
 
 def check_kernels(
     backend: str, run: Run, reference: Run, tensors: Tensors, grads: Sequence[Tensor],
-    terms: dict[str, float],
+    terms: dict[str, float], layout: torch.memory_format = torch.contiguous_format,
 ) -> None:  # fmt: skip
     """Compares outputs and gradients of a backend's kernels with the reference, in every dtype.
 
@@ -98,7 +98,7 @@ def check_kernels(
         error(t) = max |t - exact| / max(1, max |exact|)
 
     error(result) must be at most 2 error(eager) + 1e-6, plus the rounding of one stored
-    number; in float64 at most 1e-11. NaN must be where exact has it.
+    number; in float64 at most 1e-11. NaN must be where exact has it. Results lie in `layout`.
     """
     device = device_of(backend)
     for dtype in dtypes_of(backend):
@@ -117,7 +117,8 @@ def check_kernels(
             assert len(group) == len(exact[name])
             for i, (t, e, x) in enumerate(zip(group, eager[name], exact[name])):
                 label = f"{dtype} {name}[{i}]"
-                assert t.is_contiguous() and t.dtype == dtype and t.shape == x.shape, label
+                assert t.is_contiguous(memory_format=layout), label
+                assert t.dtype == dtype and t.shape == x.shape, label
                 t, e, x = (v.double().cpu() / unit for v in (t, e, x))
                 assert torch.equal(t.isnan(), x.isnan()), f"{label}: NaN in other places"
                 if x.numel() == 0:

@@ -25,7 +25,8 @@ EXAMPLES = 12  # a thread on the host costs as much as hundreds on a GPU
 
 def check_scfm(gpu: str, case: test_scfm.Case) -> None:
     runs = case.run(scfm), case.run(scfm_reference)
-    check_kernels(gpu, *runs, case.tensors(), case.grads(), case.terms())
+    tensors, layout = case.tensors(), case.memory_format()
+    check_kernels(gpu, *runs, tensors, case.grads(), case.terms(), layout)
 
 
 @settings(max_examples=EXAMPLES)
@@ -43,6 +44,8 @@ def test_scfm_drawn(gpu: str, case: test_scfm.Case) -> None:
         test_scfm.Case((1, 1, 70, 300), (1, 1)),
         test_scfm.Case((1, 2, 50, 61), (97, 131)),
         test_scfm.Case((2, 1, 90, 43), (37, 41)),
+        test_scfm.Case((2, 16, 44, 48), (22, 24), layout="channels_last"),
+        test_scfm.Case((1, 21, 30, 33), (7, 50), multiply=False, layout="channels_last"),
     ],
     ids=str,
 )

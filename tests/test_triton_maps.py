@@ -21,6 +21,7 @@ FUSIONS = [
     Scfm((1, 1, 3, 9), (1, 1)),
     Scfm((1, 1, 40, 50), (20, 25)),
     Scfm((0, 2, 4, 4), (2, 2)),
+    Scfm((1, 3, 5, 4), (3, 2), layout="channels_last"),
 ]
 
 
@@ -28,7 +29,9 @@ FUSIONS = [
 def test_fusions(triton: str, case: Scfm) -> None:
     runs = case.run(ops.scfm), case.run(ops.scfm_reference)
     for dtype in DTYPES if case is FUSIONS[0] else DTYPES[:1]:
-        check_kernels(triton, dtype, *runs, case.tensors(), case.grads(), case.terms())
+        check_kernels(
+            triton, dtype, *runs, case.tensors(), case.grads(), case.terms(), case.memory_format()
+        )
 
 
 Boundary = test_boundary.Case

@@ -66,6 +66,7 @@ def running(backend: str) -> Iterator[None]:
 def check_kernels(
     backend: str, dtype: torch.dtype, run: Run, reference: Run, tensors: Tensors,
     grads: Sequence[Tensor], terms: dict[str, float],
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> None:  # fmt: skip
     """Compares outputs and gradients of the kernels with the reference's, in one dtype.
 
@@ -75,7 +76,7 @@ def check_kernels(
         error(t) = max |t - exact| / max(1, max |exact|)
 
     error(result) must be at most 2 error(eager) + 1e-6, plus the rounding of one stored number
-    in half precision. NaN must be where exact has it.
+    in half precision. NaN must be where exact has it. Results lie in `layout`.
     """
     given = {name: [t.to(dtype) for t in group] for name, group in tensors.items()}
     incoming = [grad.to(dtype) for grad in grads]
@@ -92,7 +93,8 @@ def check_kernels(
         assert len(group) == len(exact[name])
         for i, triple in enumerate(zip(group, eager[name], exact[name])):
             label = f"{dtype} {name}[{i}]"
-            assert group[i].is_contiguous() and group[i].dtype == dtype, label
+            assert group[i].is_contiguous(memory_format=layout), label
+            assert group[i].dtype == dtype, label
             t, e, x = (v.cpu().double() / unit for v in triple)
             assert t.shape == x.shape, label
             assert torch.equal(t.isnan(), x.isnan()), f"{label}: NaN in other places"

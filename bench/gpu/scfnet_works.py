@@ -76,7 +76,8 @@ class NetworkWork(Work):
 
     def module(self) -> nn.Module:
         torch.manual_seed(0)
-        return sodfast.fuse(sodfast.create_model("scfnet").eval())
+        fused = sodfast.fuse(sodfast.create_model("scfnet").eval())
+        return fused.to(memory_format=torch.channels_last)
 
     def shapes(self) -> list[tuple[int, ...]]:
         return [(self.batch, 3, SIDE, SIDE)]
@@ -109,7 +110,7 @@ class DistillationWork(NetworkWork):
 
     def module(self) -> nn.Module:
         torch.manual_seed(0)
-        return Distillation().train()
+        return Distillation().train().to(memory_format=torch.channels_last)
 
     def parts(
         self, module: nn.Module, x: Tensor

@@ -8,12 +8,6 @@
 namespace sodfast {
 namespace {
 
-// The shape of maps that lie channels last, where x does: the others then come to lie so too.
-ScfmShape laid_out(ScfmShape shape, const Tensor& x, MemoryFormat format) {
-  if (format == MemoryFormat::ChannelsLast) shape.maps = x.size(0), shape.channels = x.size(1);
-  return shape;
-}
-
 Tensor scfm(const Tensor& x, const Tensor& y, bool multiply) {
   const MemoryFormat format = format_of(x);
   const ScfmShape shape = laid_out(scfm_shape("scfm", x, y, multiply), x, format);

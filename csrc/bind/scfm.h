@@ -22,4 +22,10 @@ inline ScfmShape scfm_shape(const char* op, const Tensor& x, const Tensor& y, bo
   return shape;
 }
 
+// The shape of maps that lie channels last, where x does: the others then come to lie so too.
+inline ScfmShape laid_out(ScfmShape shape, const Tensor& x, MemoryFormat format) {
+  if (format == MemoryFormat::ChannelsLast) shape.maps = x.size(0), shape.channels = x.size(1);
+  return shape;
+}
+
 }  // namespace sodfast

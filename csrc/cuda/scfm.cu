@@ -9,10 +9,14 @@
 // once. Walking along them it keeps the two columns of y that it is between, blended down. Bytes: x, y and the result
 // once; 3 FLOPs per number and 4 per column of y: memory bounds it.
 //
+// Channels last a thread has 16 bytes of channels at four positions of a row, and does the same.
+//
 // Backward: gx = g + g up(y). gy = up's transpose of g x: a block has a tile of gy and goes through the part of x
 // that lies above it, in pieces: products into shared memory (and gx into memory on the way), sums along the rows,
 // sums down the columns, all in the order of positions. Bytes: g, x, y, gx and gy once, but that blocks share the
-// border of their tiles, which L2 has; some 15 FLOPs per number of x: memory bounds it too.
+// border of their tiles, which L2 has; some 15 FLOPs per number of x: memory bounds it too. Channels last a thread has
+// 16 bytes of channels of one position of gy and goes through what lies around it in x, four times as much as there is:
+// the caches bound that. gx is written by whoever is the first of the positions of y that one lies between.
 #include "cuda/numbers.h"
 
 namespace sodfast::cuda {
@@ -77,7 +81,8 @@ struct Blended {
 template <class T>
 struct Arguments {
   Axis down, along;
-  int64_t planes;
+  int64_t planes;  // or images, whose pixels are `channels` numbers
+  int64_t channels;
   const T *g, *x, *y;
   T *out, *gy;  // out: the result, or gx; null: there is none
   bool multiply;
@@ -122,6 +127,73 @@ __global__ void __launch_bounds__(threads) fuse(const __grid_constant__ Argument
       narrow(a.multiply ? v + v * up : v + up, values[i].v[j]);
     }
     *reinterpret_cast<Pack<T, n>*>(a.out + start + static_cast<int64_t>(i) * a.along.large) = values[i];
+  }
+}
+
+template <class T, int n>
+struct Pixels {
+  using A = typename Sum<T>::type;
+  // Two packs of channels weighed into one.
+  static __device__ __forceinline__ void mix(const Pack<A, n>& first, const Pack<A, n>& second, A part,
+                                             Pack<A, n>& out) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) out.v[j] = (1 - part) * first.v[j] + part * second.v[j];
+  }
+  static __device__ __forceinline__ Pack<A, n> read(const T* p) {
+    const Pack<T, n> narrow_ones = *reinterpret_cast<const Pack<T, n>*>(p);
+    Pack<A, n> out;
+#pragma unroll
+    for (int j = 0; j < n; ++j) out.v[j] = widen(narrow_ones.v[j]);
+    return out;
+  }
+};
+
+// Channels last.
+template <class T, int n>
+__global__ void __launch_bounds__(threads) fuse_pixels(const __grid_constant__ Arguments<T> a) {
+  using A = typename Sum<T>::type;
+  using P = Pixels<T, n>;
+  int64_t pack, part, r;
+  int64_t rest = divide(static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x, a.channels / n, pack);
+  rest = divide(rest, divide_up(a.along.large, strip), part);
+  const int64_t image = divide(rest, a.down.large, r);
+  if (image >= a.planes) return;
+  const int c0 = static_cast<int>(part) * strip;
+  const int64_t start = (rest * a.along.large + c0) * a.channels + pack * n;
+  Pack<T, n> values[strip];
+#pragma unroll
+  for (int i = 0; i < strip; ++i)
+    if (c0 + i < a.along.large) values[i] = *reinterpret_cast<const Pack<T, n>*>(a.x + start + i * a.channels);
+  const Place<A> down(a.down, static_cast<int>(r));
+  const A down_part = down.part(A(0.5) / A(a.down.large)), per_col = A(0.5) / A(a.along.large);
+  const T* y = a.y + image * a.down.small * a.along.small * a.channels + pack * n;
+  const T *above = y + int64_t(down.first()) * a.along.small * a.channels,
+          *under = y + int64_t(least(down.first() + 1, a.down.small - 1)) * a.along.small * a.channels;
+  const auto blended = [&](int c, Pack<A, n>& out) {
+    const int64_t at = least(c, a.along.small - 1) * a.channels;
+    P::mix(P::read(above + at), P::read(under + at), down_part, out);
+  };
+  Place<A> place(a.along, c0);
+  int at = place.first();
+  Pack<A, n> here, after, up;
+  blended(at, here), blended(at + 1, after);
+#pragma unroll
+  for (int i = 0; i < strip; ++i, place.next(a.along)) {
+    if (c0 + i >= a.along.large) break;
+    if (place.first() != at) {
+      if (place.first() == at + 1)
+        here = after;
+      else
+        blended(place.first(), here);
+      at = place.first(), blended(at + 1, after);
+    }
+    P::mix(here, after, place.part(per_col), up);
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const A v = widen(values[i].v[j]);
+      narrow(a.multiply ? v + v * up.v[j] : v + up.v[j], values[i].v[j]);
+    }
+    *reinterpret_cast<Pack<T, n>*>(a.out + start + i * a.channels) = values[i];
   }
 }
 
@@ -206,6 +278,63 @@ __global__ void __launch_bounds__(threads, 3) fuse_backward(const __grid_constan
   if (r < a.down.small && c < a.along.small) narrow(sum, a.gy[small + static_cast<int64_t>(r) * a.along.small + c]);
 }
 
+// Channels last.
+template <class T, int n>
+__global__ void __launch_bounds__(threads) fuse_pixels_backward(const __grid_constant__ Arguments<T> a) {
+  using A = typename Sum<T>::type;
+  using P = Pixels<T, n>;
+  int64_t pack, part_c, part_r;
+  int64_t rest = divide(static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x, a.channels / n, pack);
+  const int64_t target = rest;  // the position of gy
+  rest = divide(rest, a.along.small, part_c);
+  const int64_t image = divide(rest, a.down.small, part_r);
+  if (image >= a.planes) return;
+  const int c = static_cast<int>(part_c), r = static_cast<int>(part_r);
+  const int last_r = a.down.small - 1, last_c = a.along.small - 1;
+  const A per_row = A(0.5) / A(a.down.large), per_col = A(0.5) / A(a.along.large);
+  const T* y = a.y + image * a.down.small * a.along.small * a.channels + pack * n;
+  const auto corner = [&](int i, int j) { return P::read(y + (int64_t(i) * a.along.small + j) * a.channels); };
+  Pack<A, n> corners[2][2] = {};  // of what this position is the first
+  if (a.out != nullptr)
+    for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < 2; ++j) corners[i][j] = corner(least(r + i, last_r), least(c + j, last_c));
+  Pack<A, n> sum{};
+  const int row_end = a.down.first_at(r + 1), col_begin = a.along.first_at(c - 1), col_end = a.along.first_at(c + 1);
+  int d = a.down.first_at(r - 1);
+  const Place<A> first_col(a.along, col_begin);
+  for (Place<A> down(a.down, d); d < row_end; ++d, down.next(a.down)) {
+    const A row_part = down.part(per_row), row_weight = weight_of(down.first(), row_part, r, last_r);
+    Pack<A, n> left{}, right{};  // y in this row, where it is this position's
+    if (a.out != nullptr && down.first() == r)
+      P::mix(corners[0][0], corners[1][0], row_part, left), P::mix(corners[0][1], corners[1][1], row_part, right);
+    Place<A> along = first_col;
+    for (int e = col_begin; e < col_end; ++e, along.next(a.along)) {
+      const int64_t at = ((image * a.down.large + d) * a.along.large + e) * a.channels + pack * n;
+      const Pack<A, n> g = P::read(a.g + at);
+      const A col_part = along.part(per_col), weight = row_weight * weight_of(along.first(), col_part, c, last_c);
+      if (!a.multiply) {
+#pragma unroll
+        for (int j = 0; j < n; ++j) sum.v[j] += weight * g.v[j];
+        continue;
+      }
+      const Pack<A, n> x = P::read(a.x + at);
+#pragma unroll
+      for (int j = 0; j < n; ++j) sum.v[j] += weight * (g.v[j] * x.v[j]);
+      if (down.first() != r || along.first() != c) continue;
+      Pack<A, n> up;
+      P::mix(left, right, col_part, up);
+      Pack<T, n> gx;
+#pragma unroll
+      for (int j = 0; j < n; ++j) narrow(g.v[j] + g.v[j] * up.v[j], gx.v[j]);
+      *reinterpret_cast<Pack<T, n>*>(a.out + at) = gx;
+    }
+  }
+  Pack<T, n> gy;
+#pragma unroll
+  for (int j = 0; j < n; ++j) narrow(sum.v[j], gy.v[j]);
+  *reinterpret_cast<Pack<T, n>*>(a.gy + target * a.channels + pack * n) = gy;
+}
+
 Axis axis_of(int64_t large, int64_t small) {
   return {static_cast<int>(large), static_cast<int>(small), static_cast<int>(small / large),
           static_cast<unsigned>(2 * (small % large))};
@@ -215,7 +344,7 @@ template <class T>
 Arguments<T> arguments_of(const ScfmShape& shape, const void* x, const void* y, void* out) {
   Arguments<T> a{};
   a.down = axis_of(shape.rows, shape.from_rows), a.along = axis_of(shape.cols, shape.from_cols);
-  a.planes = shape.maps, a.multiply = shape.multiply;
+  a.planes = shape.maps, a.channels = shape.channels, a.multiply = shape.multiply;
   a.x = static_cast<const T*>(x), a.y = static_cast<const T*>(y), a.out = static_cast<T*>(out);
   return a;
 }
@@ -228,6 +357,13 @@ cudaError_t scfm(Type type, const ScfmShape& shape, const void* x, const void* y
   return for_type(type, [&](auto zero) {
     using T = decltype(zero);
     constexpr int n = 16 / sizeof(T);
+    if (shape.channels > 1) {
+      const bool packed = shape.channels % n == 0 && is_aligned(x) && is_aligned(y) && is_aligned(out);
+      const int64_t work = shape.maps * shape.rows * divide_up<int64_t>(shape.cols, strip) *
+                           (packed ? shape.channels / n : shape.channels);
+      return launch(packed ? fuse_pixels<T, n> : fuse_pixels<T, 1>, divide_up<int64_t>(work, threads), threads, stream,
+                    arguments_of<T>(shape, x, y, out));
+    }
     const bool packed = shape.cols % n == 0 && is_aligned(x) && is_aligned(out);
     const int64_t work = shape.maps * divide_up<int64_t>(shape.rows, strip) * (packed ? shape.cols / n : shape.cols);
     return launch(packed ? fuse<T, n> : fuse<T, 1>, divide_up<int64_t>(work, threads), threads, stream,
@@ -241,6 +377,15 @@ cudaError_t scfm_backward(Type type, const ScfmShape& shape, const void* g, cons
     using T = decltype(zero);
     Arguments<T> a = arguments_of<T>(shape, x, y, shape.multiply ? gx : nullptr);
     a.g = static_cast<const T*>(g), a.gy = static_cast<T*>(gy);
+    if (shape.channels > 1) {
+      constexpr int n = 16 / sizeof(T);
+      const bool packed = shape.channels % n == 0 && is_aligned(g) && is_aligned(x) && is_aligned(y) &&
+                          is_aligned(gy) && is_aligned(gx);
+      const int64_t work =
+          shape.maps * shape.from_rows * shape.from_cols * (packed ? shape.channels / n : shape.channels);
+      return launch(packed ? fuse_pixels_backward<T, n> : fuse_pixels_backward<T, 1>, divide_up<int64_t>(work, threads),
+                    threads, stream, a);
+    }
     const int64_t blocks =
         shape.maps * divide_up<int64_t>(shape.from_rows, tile_rows) * divide_up<int64_t>(shape.from_cols, tile_cols);
     return launch(fuse_backward<T>, blocks, threads, stream, a);

@@ -49,6 +49,8 @@ class _EncoderDecoder(nn.Module):
 
     def _encode(self, image: Tensor) -> list[Tensor]:
         check_image(image, self.config["in_channels"], SIZE_MULTIPLE)
+        if image.is_cuda:  # the layout of cuDNN's convolutions on tensor cores; all else follows it
+            image = image.contiguous(memory_format=torch.channels_last)
         features: list[Tensor] = self.encoder(image)
         return features
 

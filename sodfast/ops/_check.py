@@ -108,3 +108,9 @@ def branch_list(row: Sequence[int], dilations: Sequence[int], scale: int) -> lis
             f"(one per dilation), not {counts}"
         )
     return counts
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Channels last where x lies so and not contiguous as well, else contiguous."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format

@@ -57,9 +57,7 @@ void test_scfm(int cases) {
   for_each_case("scfm", cases, [](const std::string& name) {
     ScfmShape s;
     s.maps = pick(0, 9) == 0 ? 0 : pick(1, 3);
-#ifndef SODFAST_CUDA_ON_HOST  // CUDA's takes planes
     if (pick(0, 1)) s.channels = pick(0, 2) == 0 ? pick(15, 40) : pick(1, 9);
-#endif
     s.from_rows = pick(1, 12), s.from_cols = pick(0, 2) == 0 ? pick(1, 40) : pick(1, 12);
     if (pick(0, 1)) {
       const int64_t ratio = pick(0, 2) == 0 ? pick(1, 8) : 2;
