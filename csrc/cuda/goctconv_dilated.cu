@@ -228,6 +228,7 @@ struct Plan {
 
 template <class T>
 struct Problem {
+  using Stored = T;
   using A = typename Sum<T>::type;
   DilatedShape shape;
   const T* gys[max_scales];

@@ -36,6 +36,7 @@ struct Plan {
 
 template <class T, int k>
 struct Problem {
+  using Stored = T;
   using A = typename Sum<T>::type;
   GOctConvShape shape;
   const T* gys[max_scales];

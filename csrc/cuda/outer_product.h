@@ -4,15 +4,17 @@
 // A block takes a patch of up to 32 rows x 48 columns and a slice of the pixels, 32 quads (4 pixels in a row) at a
 // time through shared memory: a lane reads one quad of its warp's lines, 16 bytes an access where rows are aligned and
 // several accesses in flight. Then a thread has a piece of the patch, 8 rows x 4 columns in registers, and every n-th
-// quad: so a small patch too keeps most threads busy. The slices' sums lie in a workspace [slice][weight] and a second
-// launch adds them in a fixed order: no atomics, the same bits on every run.
+// quad: so a small patch too keeps most threads busy. In half precision a warp has 16 rows and all columns on tensor
+// cores, and every fourth or eighth pair of quads. The slices' sums lie in a workspace [slice][weight] and
+// a second launch adds them in a fixed order: no atomics, the same bits on every run.
 //
 // 2·rows·cols FLOPs per pixel; a line of g is read once per 48 columns, one of x once per 32 rows, mostly from L2. A
 // piece's quad is 12 reads of 16 bytes for 128 multiply-adds. Memory bounds it up to some 20 channels (k = 1), which
-// is what it aims at, float32 arithmetic and the reads of shared memory beyond.
+// is what it aims at, float32 arithmetic and the reads of shared memory beyond; in half precision memory bounds it.
 #pragma once
 
 #include "cuda/slices.h"
+#include "cuda/tensor.h"
 
 namespace sodfast::cuda {
 
@@ -106,16 +108,124 @@ __device__ __forceinline__ void copy_lines(const T* planes, int64_t plane, int n
     fill_lines<2>(n, lines, [&](int line) { return read_quad<false>(row + line * plane, at.x, cols, at.count); });
 }
 
-// Problem: `Place place(block)`, and of a place `Patch patch(place)`, `stage(place, quad, rows, cols)`, which fills
-// this lane's quad of the patch's lines, zero where pixels do not exist, and `weight(place, row, col)`.
+// A thread's part of the products in float32: piece (r0, c0) has rows r0, r0 + down, … and columns c0, c0 + across, …
+template <class A>
+struct Pieces {
+  int down, across, groups, group, piece;  // groups of threads share the quads
+  A sum[rows_per_thread][cols_per_thread] = {};
+
+  __device__ __forceinline__ explicit Pieces(const Patch& patch)
+      : down(divide_up(patch.n_rows, rows_per_thread)),
+        across(divide_up(patch.n_cols, cols_per_thread)),
+        groups(least(tile_quads, outer_threads / (down * across))),
+        group(static_cast<int>(threadIdx.x) / (down * across)),
+        piece(static_cast<int>(threadIdx.x) % (down * across)) {}
+
+  __device__ __forceinline__ void add(const Pack<A, 4>* rows, const Pack<A, 4>* cols) {
+    if (group >= groups) return;
+    rows += piece / across * line_pitch, cols += piece % across * line_pitch;
+#pragma unroll 1
+    for (int q = group; q < tile_quads; q += groups) {
+      Pack<A, 4> columns[cols_per_thread];
+#pragma unroll
+      for (int c = 0; c < cols_per_thread; ++c) columns[c] = cols[c * across * line_pitch + q];
+#pragma unroll
+      for (int r = 0; r < rows_per_thread; ++r) {
+        const Pack<A, 4> row = rows[r * down * line_pitch + q];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int c = 0; c < cols_per_thread; ++c) sum[r][c] += row.v[i] * columns[c].v[i];
+      }
+    }
+  }
+
+  // Calls out(row, column, the sum of all threads); `shared` has room for what every thread has.
+  template <class Out>
+  __device__ __forceinline__ void finish(const Patch& patch, A* shared, const Out& out) {
+    const int thread = static_cast<int>(threadIdx.x), pieces = down * across;
+#pragma unroll
+    for (int r = 0; r < rows_per_thread; ++r)
+#pragma unroll
+      for (int c = 0; c < cols_per_thread; ++c) shared[(r * cols_per_thread + c) * outer_threads + thread] = sum[r][c];
+    __syncthreads();
+    for (int e = thread; e < patch.n_rows * patch.n_cols; e += outer_threads) {
+      const int row = e / patch.n_cols, col = e % patch.n_cols;
+      const A* sums =
+          shared + (row / down * cols_per_thread + col / across) * outer_threads + row % down * across + col % across;
+      A total = 0;
+      for (int n = 0; n < groups; ++n) total += sums[n * pieces];
+      out(row, col, total);
+    }
+  }
+};
+
+// The same on tensor cores, for maps that are stored as T: a warp has 16 rows and all columns.
+template <class T>
+struct Tiles {
+  static constexpr int across = patch_cols / 8;
+  int n_rows, n_cols, sharing;  // warps that share the pixels of 16 rows
+  float sum[across][4] = {};
+
+  __device__ __forceinline__ explicit Tiles(const Patch& patch)
+      : n_rows(patch.n_rows),
+        n_cols(patch.n_cols),
+        sharing(patch.n_rows > 16 ? outer_warps / 2 : outer_warps) {}
+
+  // Two pixels of a line.
+  static __device__ __forceinline__ Pack<T, 2> pair(const float* lines, int line, int pixel) {
+    const auto wide = *reinterpret_cast<const Pack<float, 2>*>(lines + line * (4 * line_pitch) + pixel);
+    Pack<T, 2> out;
+    narrow(wide.v[0], wide.v[1], out);
+    return out;
+  }
+  __device__ __forceinline__ void add(const Pack<float, 4>* row_lines, const Pack<float, 4>* col_lines) {
+    const float *rows = row_lines->v, *cols = col_lines->v;
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int g = lane / 4, t = lane % 4, row = warp / sharing * 16 + g;
+#pragma unroll 1
+    for (int pixel = warp % sharing * 8; pixel < 4 * tile_quads; pixel += 8 * sharing) {
+      const Fragment<T> fragment{pair(rows, row, pixel + 2 * t), pair(rows, row + 8, pixel + 2 * t)};
+#pragma unroll
+      for (int n = 0; n < across; ++n)
+        if (8 * n < n_cols) multiply_add(sum[n], fragment, pair(cols, 8 * n + g, pixel + 2 * t));
+    }
+  }
+
+  template <class Out>
+  __device__ __forceinline__ void finish(const Patch&, float* shared, const Out& out) {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, g = lane / 4, t = lane % 4;
+    float* const own = shared + thread / 32 * (16 * patch_cols);  // [warp][row][column]
+#pragma unroll
+    for (int n = 0; n < across; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) own[(g + i / 2 * 8) * patch_cols + 8 * n + 2 * t + i % 2] = sum[n][i];
+    __syncthreads();
+    for (int e = thread; e < n_rows * patch_cols; e += outer_threads) {
+      const int row = e / patch_cols, col = e % patch_cols;
+      if (col >= n_cols) continue;
+      const float* sums = shared + (row / 16 * sharing * 16 + row % 16) * patch_cols + col;
+      float total = 0;
+      for (int w = 0; w < sharing; ++w) total += sums[w * 16 * patch_cols];
+      out(row, col, total);
+    }
+  }
+};
+
+// Problem: the type Stored of its maps; `Place place(block)`, and of a place `Patch patch(place)`, `stage(place, quad,
+// rows, cols)`, which fills this lane's quad of the patch's lines, zero where pixels do not exist, and `weight(place,
+// row, col)`.
 template <class Problem>
 __global__ void __launch_bounds__(outer_threads, 2)
     outer_product(const __grid_constant__ Problem problem, typename Problem::A* workspace, int64_t weights,
                   int64_t slices) {
+  using T = typename Problem::Stored;
   using A = typename Problem::A;
-  constexpr int products = rows_per_thread * cols_per_thread;
+  using Products = std::conditional_t<sizeof(T) == 2, Tiles<T>, Pieces<A>>;
   __shared__ Pack<A, 4> row_lines[(patch_rows + patch_cols) * line_pitch];
-  static_assert(sizeof row_lines >= products * outer_threads * sizeof(A), "the sums of all threads fit");
+  static_assert(sizeof row_lines >= rows_per_thread * cols_per_thread * outer_threads * sizeof(A) &&
+                    sizeof row_lines >= 16 * patch_cols * outer_warps * sizeof(A),
+                "the sums of all threads fit");
   Pack<A, 4>* const col_lines = row_lines + patch_rows * line_pitch;
   int64_t slice;
   const int64_t block = divide(blockIdx.x, slices, slice);
@@ -123,17 +233,11 @@ __global__ void __launch_bounds__(outer_threads, 2)
   __shared__ Patch patch;
   if (threadIdx.x == 0) place = problem.place(block), patch = problem.patch(place);
   __syncthreads();
-  // Piece (r0, c0) has rows r0, r0 + down, … and columns c0, c0 + across, …
-  const int down = divide_up(patch.n_rows, rows_per_thread), across = divide_up(patch.n_cols, cols_per_thread);
-  const int pieces = down * across, groups = least(tile_quads, outer_threads / pieces);
-  const int thread = static_cast<int>(threadIdx.x), group = thread / pieces, piece = thread % pieces;
-  const Pack<A, 4>* const g_lines = row_lines + piece / across * line_pitch;
-  const Pack<A, 4>* const x_lines = col_lines + piece % across * line_pitch;
   const int64_t quads_across = divide_up(patch.cols, 4), quads = patch.batch * patch.rows * quads_across;
   const int64_t tiles = divide_up<int64_t>(quads, tile_quads), end = (slice + 1) * tiles / slices;
-  A sum[rows_per_thread][cols_per_thread] = {};
+  Products products(patch);
   for (int64_t tile = slice * tiles / slices; tile < end; ++tile) {
-    const int64_t quad = tile * tile_quads + thread % 32;
+    const int64_t quad = tile * tile_quads + threadIdx.x % 32;
     int64_t x, y;
     Quad at;
     at.b = divide(divide(least(quad, quads - 1), quads_across, x), patch.rows, y);
@@ -141,39 +245,12 @@ __global__ void __launch_bounds__(outer_threads, 2)
     at.count = quad < quads ? least(4, patch.cols - at.x) : 0;
     problem.stage(place, at, row_lines, col_lines);
     __syncthreads();
-    if (group < groups) {
-#pragma unroll 1
-      for (int q = group; q < tile_quads; q += groups) {
-        Pack<A, 4> columns[cols_per_thread];
-#pragma unroll
-        for (int c = 0; c < cols_per_thread; ++c) columns[c] = x_lines[c * across * line_pitch + q];
-#pragma unroll
-        for (int r = 0; r < rows_per_thread; ++r) {
-          const Pack<A, 4> row = g_lines[r * down * line_pitch + q];
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-#pragma unroll
-            for (int c = 0; c < cols_per_thread; ++c) sum[r][c] += row.v[i] * columns[c].v[i];
-        }
-      }
-    }
+    products.add(row_lines, col_lines);
     __syncthreads();
   }
-  // The groups' sums, [product of a piece][thread], in the place of the lines.
-  A* const shared = reinterpret_cast<A*>(row_lines);
-#pragma unroll
-  for (int r = 0; r < rows_per_thread; ++r)
-#pragma unroll
-    for (int c = 0; c < cols_per_thread; ++c) shared[(r * cols_per_thread + c) * outer_threads + thread] = sum[r][c];
-  __syncthreads();
-  for (int e = thread; e < patch.n_rows * patch.n_cols; e += outer_threads) {
-    const int row = e / patch.n_cols, col = e % patch.n_cols;
-    const A* sums =
-        shared + (row / down * cols_per_thread + col / across) * outer_threads + row % down * across + col % across;
-    A total = 0;
-    for (int n = 0; n < groups; ++n) total += sums[n * pieces];
+  products.finish(patch, reinterpret_cast<A*>(row_lines), [&](int row, int col, A total) {
     workspace[slice * weights + problem.weight(place, row, col)] = total;
-  }
+  });
 }
 
 }  // namespace sodfast::cuda
