@@ -1,7 +1,7 @@
 // The fused ILBlock against its three layers, which have their own tests: in float64 both agree to the last digits. And
-// its first layer as it trains, with the moments of its result.
+// its first layer as it trains, with the moments of its result; and all of it in half precision.
 #include "check.h"
-#include "cuda/kernels.h"
+#include "cuda/numbers.h"
 
 namespace sodfast::test {
 namespace {
@@ -27,6 +27,54 @@ size_t workspace_values(const GOctConvShape& shape) {
   return static_cast<size_t>(cuda::goctconv_measured_workspace(shape)) / sizeof(double);
 }
 
+const auto in = [](auto& maps) { return reinterpret_cast<cuda::Pointers>(maps.read()); };
+const auto out = [](auto& maps) { return reinterpret_cast<cuda::MutablePointers>(maps.write()); };
+
+// A number in half precision that converts as the numbers of Maps do.
+template <class T>
+struct Half : T {
+  explicit Half(double x) { cuda::narrow(static_cast<float>(x), *this); }
+  explicit operator double() const { return static_cast<double>(cuda::widen(*this)); }
+};
+
+// Tensor cores against float64 on the same, rounded inputs. What a source is read as is rounded once more, and the
+// result, so that an error is a few times `unit`.
+template <class T>
+void compare_in_half(const std::string& name, cuda::Type type, const GOctConvShape& shape, double unit) {
+  const int64_t n = shape.out.total(), per_out = shape.in.total() * shape.kernel * shape.kernel;
+  const auto rounded = [](const std::vector<Values>& values) { return Maps<Half<T>>(values).values(); };
+  const std::vector<Values> x = rounded(random_maps(shape.in)), g = rounded(random_maps(shape.out)),
+                            w = rounded({random_values(n * per_out)});
+  Maps<Half<T>> xs(x), gys(g), weight(w), ys(shape.out, NAN), gxs(shape.in, NAN), gw({Values(w[0].size(), NAN)});
+  Maps<double> exact_xs(x), exact_gys(g), exact_weight(w), exact_ys(shape.out, NAN), exact_gxs(shape.in, NAN),
+      exact_gw({Values(w[0].size(), NAN)});
+  const auto run = [&](cuda::Type as, auto& xs, auto& gys, auto& weight, auto& ys, auto& gxs, auto& gw) {
+    expect_done(cuda::goctconv(as, shape, in(xs), weight[0], nullptr, nullptr, out(ys), nullptr));
+    expect_done(cuda::goctconv_grad_input(as, shape, in(gys), in(xs), weight[0], out(gxs), nullptr));
+    Maps<double> workspace(
+        {Values(static_cast<size_t>(cuda::goctconv_grad_weight_workspace(as, shape)) / sizeof(double) + 1, NAN)});
+    expect_done(cuda::goctconv_grad_weight(as, shape, in(gys), in(xs), gw[0], workspace[0], nullptr));
+  };
+  run(type, xs, gys, weight, ys, gxs, gw);
+  run(cuda::Type::f64, exact_xs, exact_gys, exact_weight, exact_ys, exact_gxs, exact_gw);
+  expect_equal(name, ys.values(), exact_ys.values(), 4 * unit);
+  expect_equal(name + " gradient to the input", gxs.values(), exact_gxs.values(), 4 * unit);
+  expect_equal(name + " gradient to the weight", gw.values(), exact_gw.values(), 4 * unit);
+
+  if (shape.kernel == 1 && shape.stride == 2) return;
+  const std::vector<Values> taps = rounded({random_values(9 * n), random_values(9 * n)}),
+                            numbers = rounded({random_values(n), random_values(n), random_values(n)});
+  const auto block = [&](cuda::Type as, auto& xs, auto& weight, auto& ys, auto& taps, auto& numbers) {
+    const void* const weights[3] = {weight[0], taps[0], taps[1]};
+    expect_done(cuda::ilblock(as, shape, in(xs), weights, in(numbers), in(numbers), out(ys), nullptr));
+  };
+  Maps<Half<T>> in_taps(taps), in_numbers(numbers);
+  Maps<double> exact_taps(taps), exact_numbers(numbers);
+  block(type, xs, weight, ys, in_taps, in_numbers);
+  block(cuda::Type::f64, exact_xs, exact_weight, exact_ys, exact_taps, exact_numbers);
+  expect_equal(name + " block", ys.values(), exact_ys.values(), 8 * unit);
+}
+
 }  // namespace
 
 void test_ilblock(int cases) {
@@ -39,8 +87,6 @@ void test_ilblock(int cases) {
     Maps<T> biases({random_values(n), random_values(n), random_values(n)});
     Maps<T> slopes({random_values(n), random_values(n), random_values(n)});
     Maps<T> first(shape.out, NAN), second(shape.out, NAN), expected(shape.out, NAN), found(shape.out, NAN);
-    const auto in = [](Maps<T>& maps) { return reinterpret_cast<cuda::Pointers>(maps.read()); };
-    const auto out = [](Maps<T>& maps) { return reinterpret_cast<cuda::MutablePointers>(maps.write()); };
     const DepthwiseShape depthwise{shape.out, 1};
     const auto type = cuda::Type::f64;
     expect_done(cuda::goctconv(type, shape, in(xs), weights[0], biases[0], slopes[0], out(first), nullptr));
@@ -63,6 +109,9 @@ void test_ilblock(int cases) {
     expect_done(cuda::goctconv_measured(type, shape, in(xs), weights[0], out(measured), moments[0], tiles[0], nullptr));
     expect_equal(name + " measured", measured.values(), plain.values(), 0);
     expect_equal(name + " moments", moments.values(), {moments_of(shape.out, plain.values())}, 1e-11);
+
+    compare_in_half<__half>(name + " float16", cuda::Type::f16, shape, 1.0 / 2048);
+    compare_in_half<__nv_bfloat16>(name + " bfloat16", cuda::Type::bf16, shape, 1.0 / 256);
   });
 }
 
