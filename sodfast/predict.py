@@ -125,9 +125,17 @@ class Predictor:
         """The network alone: (B, channels, h, w) float32 to logits (B, 1, h, w)."""
         # One shape alone is captured: what varies would be captured again and again.
         whole = tuple(network_input.shape) == (self.batch, self.channels, *self.size)
-        network = self.graphed if self.graphed is not None and whole else self.network
         with torch.inference_mode():
-            return network(network_input.to(self.device))
+            x = network_input.to(self.device)
+            if self.graphed is None or not whole:
+                return self.network(x)
+            try:
+                return self.graphed(x)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{error}\nThis was in a CUDA graph: Predictor(…, cuda_graph=False), or "
+                    "--no-cuda-graph, runs the network without one"
+                ) from error
 
     @overload
     def __call__(self, picture: PictureLike, depth: DepthLike = None) -> np.ndarray: ...

@@ -74,9 +74,9 @@ def test_predict_device(
 ) -> None:
     arguments = ("predict", photos, "-o", tmp_path / "o", "--weights", weights, "--device")
     assert run(capsys, *arguments, "cpu", "--no-cuda-graph")[0] == 0
-    missing = "nowhere" if torch.cuda.is_available() else "cuda"
-    status, _, err = run(capsys, *arguments, missing)
-    assert status == 2 and f"--device {missing} cannot be used: " in err
+    for missing in ("nowhere" if torch.cuda.is_available() else "cuda", "meta", "hpu"):
+        status, _, err = run(capsys, *arguments, missing)
+        assert status == 2 and f"--device {missing} cannot be used: " in err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")

@@ -192,6 +192,13 @@ def test_whole_batches_are_replayed_on_cuda_and_nothing_else(
     assert isinstance(predictor.graphed, StandIn)
     assert predictor.graphed.seen == [(2, 3, 64, 64)] * 3
 
+    def refuse(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    predictor.graphed = refuse
+    with pytest.raises(RuntimeError, match=r"(?s)not permitted.*cuda_graph=False"):
+        predictor.run(torch.zeros(2, 3, 64, 64))
+
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 @pytest.mark.parametrize("batch", [1, 2])

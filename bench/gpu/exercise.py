@@ -102,6 +102,10 @@ def main() -> None:
             for side, small in (((40, 56), (20, 28)), ((37, 43), (5, 60)), ((9, 300), (3, 1))):
                 x, y = maps((3,), side, dtype)[0], maps((3,), small, dtype)[0]
                 differentiate([scfm(x, y), scfm(x, y, multiply=False)])
+            for channels in (16, 21):
+                x, y = maps((channels,), (24, 30), dtype)[0], maps((channels,), (6, 15), dtype)[0]
+                x = x.contiguous(memory_format=torch.channels_last)
+                differentiate([scfm(x, y), scfm(x, y, multiply=False)])
             for k in (1, 5, 13, 31):
                 for thin in ("inner", "outer", "both"):
                     for z in (maps((2,), (70, 136), dtype)[0], maps((1,), (33, 67), dtype)[0]):

@@ -34,12 +34,14 @@ class Call(nn.Module):
 
 @dataclass(frozen=True)
 class MapWork(Work):
-    """An op on maps. sizes: of its arguments; the last `constants` of them are truths."""
+    """An op on maps. sizes: of its arguments, which lie in `layout`; the last `constants` of them
+    are truths."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     sizes: tuple[tuple[int, ...], ...]
     constants: int = 0
+    layout: torch.memory_format = torch.contiguous_format
 
     @property
     def differentiated(self) -> int:
@@ -54,7 +56,8 @@ class MapWork(Work):
 
     def build(self) -> tuple[nn.Module, list[Tensor]]:
         torch.manual_seed(0)
-        xs = [torch.randn(shape, device="cuda") for shape in self.shapes()]
+        xs = [torch.randn(s, device="cuda").contiguous(memory_format=self.layout)
+              for s in self.shapes()]  # fmt: skip
         return self.module(), [*xs[: self.differentiated], *(
             (x > 0).float() for x in xs[self.differentiated :]
         )]  # fmt: skip
@@ -135,12 +138,17 @@ def scfnet_works(kind: str) -> Iterator[Work]:
                     ops.structure_polishing_sums, (k,), (maps, maps), 1,
                 )  # fmt: skip
             for dtype in DTYPES:
-                for side, ratio, multiply in ((88, 2, True), (88, 8, True), (88, 2, False)):
+                for side, ratio, multiply, last in (
+                    (88, 2, True, True), (88, 2, True, False), (88, 8, True, True),
+                    (88, 2, False, True),
+                ):  # fmt: skip
                     label = f"{'x + x up(y)' if multiply else 'x + up(y)'} ×{ratio} {side}²"
+                    label += " channels_last" if last else ""
+                    layout = torch.channels_last if last else torch.contiguous_format
                     sizes = (16, side, side), (16, side // ratio, side // ratio)
                     yield MapWork(
                         kind, "scfm", "", label, FUSION_BATCH, dtype, training,
-                        ops.scfm, (multiply,), sizes,
+                        ops.scfm, (multiply,), sizes, layout=layout,
                     )  # fmt: skip
         yield MapWork(
             kind, "dkd", "", "256²", 32, "fp32", True,

@@ -1,7 +1,8 @@
 // A block's work in the cross-scale convolution of goctconv.cu: a tile of 16 x 16 pixels of one scale and sample and
 // up to 32 output channels. A thread has 4 pixels of a row times 8 channels in registers: 64 threads share the pixels,
 // up to 4 groups of them the channels. Input channels pass through shared memory, a chunk at a time. In half precision
-// tensor cores multiply, and what they leave goes through shared memory to the threads that have the pixels.
+// tensor cores multiply all but the coarser sources below, and what they leave goes through shared memory to the
+// threads that have the pixels.
 //
 // At k = 1 a coarser source is upsampled on load and then like any other: W * up(x) = up(W * x). At k = 3, where the
 // borders differ, and on the way back through a max-pool, which knows its maxima per output channel, it is convolved at

@@ -104,6 +104,7 @@ __device__ __forceinline__ Pack<typename Sum<T>::type, 4> lowered_quad(const T* 
     if (x + 4 < cols) fine[9] = widen(p[8]);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
+      if (x + c / 2 * 2 >= cols) continue;
       const A left = x + c == 0 ? A(1) : A(0.75), right = x + c == cols - 1 ? A(1) : A(0.75);
       v.v[c] += weight * (A(0.25) * (fine[2 * c] + fine[2 * c + 3]) + left * fine[2 * c + 1] + right * fine[2 * c + 2]);
     }

@@ -15,49 +15,15 @@
 // that lies above it, in pieces: products into shared memory (and gx into memory on the way), sums along the rows,
 // sums down the columns, all in the order of positions. Bytes: g, x, y, gx and gy once, but that blocks share the
 // border of their tiles, which L2 has; some 15 FLOPs per number of x: memory bounds it too. Channels last a thread has
-// 16 bytes of channels of one position of gy and goes through what lies around it in x, four times as much as there is:
-// the caches bound that. gx is written by whoever is the first of the positions of y that one lies between.
-#include "cuda/numbers.h"
+// 16 bytes of channels of one position of gy and goes through every fourth row of what lies around it in x, all in all
+// four times as much as there is, most of it from the caches. gx is written by whoever is the first of the positions of
+// y that one lies between.
+#include "cuda/scfm_axis.h"
 
 namespace sodfast::cuda {
 namespace {
 
 constexpr int threads = 256;
-
-// One axis: N positions of x, n of y. Twice a side fits 31 bits.
-struct Axis {
-  int large, small;  // N, n
-  int step;          // from a position to the next: 2n = step · 2N + rest
-  unsigned rest;
-
-  // The first position of x that lies at coarse position i or beyond.
-  __device__ __forceinline__ int first_at(int i) const {
-    if (i <= 0) return 0;
-    int64_t unused;
-    const int64_t d = divide((2 * static_cast<int64_t>(i) + 1) * large + small - 1, 2 * static_cast<int64_t>(small),
-                             unused);  // ⌈((2 i + 1) N - n) / 2n⌉
-    return static_cast<int>(least<int64_t>(d, large));
-  }
-};
-
-// Where a position of x lies: between `first` of y and the next one, which weighs `part`.
-template <class A>
-struct Place {
-  int below;  // -1 before the first
-  unsigned rest;
-  __device__ __forceinline__ Place(const Axis& axis, int d) {
-    int64_t r;
-    const int64_t twice = 2 * static_cast<int64_t>(axis.large);
-    below = static_cast<int>(divide((2 * static_cast<int64_t>(d) + 1) * axis.small + axis.large, twice, r)) - 1;
-    rest = static_cast<unsigned>(r);
-  }
-  __device__ __forceinline__ void next(const Axis& axis) {
-    below += axis.step, rest += axis.rest;
-    if (rest >= 2u * static_cast<unsigned>(axis.large)) ++below, rest -= 2u * static_cast<unsigned>(axis.large);
-  }
-  __device__ __forceinline__ int first() const { return below < 0 ? 0 : below; }
-  __device__ __forceinline__ A part(A per_rest) const { return below < 0 ? A(0) : A(rest) * per_rest; }
-};
 
 // Two rows of y blended into one.
 template <class T>
@@ -140,10 +106,10 @@ struct Pixels {
     for (int j = 0; j < n; ++j) out.v[j] = (1 - part) * first.v[j] + part * second.v[j];
   }
   static __device__ __forceinline__ Pack<A, n> read(const T* p) {
-    const Pack<T, n> narrow_ones = *reinterpret_cast<const Pack<T, n>*>(p);
+    const Pack<T, n> stored = *reinterpret_cast<const Pack<T, n>*>(p);
     Pack<A, n> out;
 #pragma unroll
-    for (int j = 0; j < n; ++j) out.v[j] = widen(narrow_ones.v[j]);
+    for (int j = 0; j < n; ++j) out.v[j] = widen(stored.v[j]);
     return out;
   }
 };
@@ -210,12 +176,6 @@ struct Shared {
   static __device__ __forceinline__ int skew(int c) { return c + c / 32; }
 };
 
-// What a position weighs in coarse position i, one of the two that it is between. Beyond the last is the last.
-template <class A>
-__device__ __forceinline__ A weight_of(int first, A part, int i, int last) {
-  return first < i ? part : i == last ? A(1) : 1 - part;
-}
-
 template <class T>
 __global__ void __launch_bounds__(threads, 3) fuse_backward(const __grid_constant__ Arguments<T> a) {
   using A = typename Sum<T>::type;
@@ -278,66 +238,74 @@ __global__ void __launch_bounds__(threads, 3) fuse_backward(const __grid_constan
   if (r < a.down.small && c < a.along.small) narrow(sum, a.gy[small + static_cast<int64_t>(r) * a.along.small + c]);
 }
 
-// Channels last.
+// Channels last: four warps share the rows that 32 packs of gy get something from.
+constexpr int row_warps = 4;
+
 template <class T, int n>
-__global__ void __launch_bounds__(threads) fuse_pixels_backward(const __grid_constant__ Arguments<T> a) {
+__global__ void __launch_bounds__(32 * row_warps) fuse_pixels_backward(const __grid_constant__ Arguments<T> a) {
   using A = typename Sum<T>::type;
   using P = Pixels<T, n>;
+  __shared__ A sums[row_warps][n][32];
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   int64_t pack, part_c, part_r;
-  int64_t rest = divide(static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x, a.channels / n, pack);
+  int64_t rest = divide(static_cast<int64_t>(blockIdx.x) * 32 + lane, a.channels / n, pack);
   const int64_t target = rest;  // the position of gy
   rest = divide(rest, a.along.small, part_c);
   const int64_t image = divide(rest, a.down.small, part_r);
-  if (image >= a.planes) return;
   const int c = static_cast<int>(part_c), r = static_cast<int>(part_r);
   const int last_r = a.down.small - 1, last_c = a.along.small - 1;
   const A per_row = A(0.5) / A(a.down.large), per_col = A(0.5) / A(a.along.large);
-  const T* y = a.y + image * a.down.small * a.along.small * a.channels + pack * n;
-  const auto corner = [&](int i, int j) { return P::read(y + (int64_t(i) * a.along.small + j) * a.channels); };
-  Pack<A, n> corners[2][2] = {};  // of what this position is the first
-  if (a.out != nullptr)
-    for (int i = 0; i < 2; ++i)
-      for (int j = 0; j < 2; ++j) corners[i][j] = corner(least(r + i, last_r), least(c + j, last_c));
   Pack<A, n> sum{};
-  const int row_end = a.down.first_at(r + 1), col_begin = a.along.first_at(c - 1), col_end = a.along.first_at(c + 1);
-  int d = a.down.first_at(r - 1);
-  const Place<A> first_col(a.along, col_begin);
-  for (Place<A> down(a.down, d); d < row_end; ++d, down.next(a.down)) {
-    const A row_part = down.part(per_row), row_weight = weight_of(down.first(), row_part, r, last_r);
-    Pack<A, n> left{}, right{};  // y in this row, where it is this position's
-    if (a.out != nullptr && down.first() == r)
-      P::mix(corners[0][0], corners[1][0], row_part, left), P::mix(corners[0][1], corners[1][1], row_part, right);
-    Place<A> along = first_col;
-    for (int e = col_begin; e < col_end; ++e, along.next(a.along)) {
-      const int64_t at = ((image * a.down.large + d) * a.along.large + e) * a.channels + pack * n;
-      const Pack<A, n> g = P::read(a.g + at);
-      const A col_part = along.part(per_col), weight = row_weight * weight_of(along.first(), col_part, c, last_c);
-      if (!a.multiply) {
+  if (image < a.planes) {
+    const T* y = a.y + image * a.down.small * a.along.small * a.channels + pack * n;
+    const auto corner = [&](int i, int j) { return P::read(y + (int64_t(i) * a.along.small + j) * a.channels); };
+    Pack<A, n> corners[2][2] = {};  // of what this position is the first
+    if (a.out != nullptr)
+      for (int i = 0; i < 2; ++i)
+        for (int j = 0; j < 2; ++j) corners[i][j] = corner(least(r + i, last_r), least(c + j, last_c));
+    const int row_end = a.down.first_at(r + 1), col_begin = a.along.first_at(c - 1), col_end = a.along.first_at(c + 1);
+    const Place<A> first_col(a.along, col_begin);
+    for (int d = a.down.first_at(r - 1) + warp; d < row_end; d += row_warps) {
+      const Place<A> down(a.down, d);
+      const A row_part = down.part(per_row), row_weight = weight_of(down.first(), row_part, r, last_r);
+      Pack<A, n> left{}, right{};  // y in this row, where it is this position's
+      if (a.out != nullptr && down.first() == r)
+        P::mix(corners[0][0], corners[1][0], row_part, left), P::mix(corners[0][1], corners[1][1], row_part, right);
+      Place<A> along = first_col;
+      for (int e = col_begin; e < col_end; ++e, along.next(a.along)) {
+        const int64_t at = ((image * a.down.large + d) * a.along.large + e) * a.channels + pack * n;
+        const Pack<A, n> g = P::read(a.g + at);
+        const A col_part = along.part(per_col), weight = row_weight * weight_of(along.first(), col_part, c, last_c);
+        if (!a.multiply) {
 #pragma unroll
-        for (int j = 0; j < n; ++j) sum.v[j] += weight * g.v[j];
-        continue;
+          for (int j = 0; j < n; ++j) sum.v[j] += weight * g.v[j];
+          continue;
+        }
+        const Pack<A, n> x = P::read(a.x + at);
+#pragma unroll
+        for (int j = 0; j < n; ++j) sum.v[j] += weight * (g.v[j] * x.v[j]);
+        if (down.first() != r || along.first() != c) continue;
+        Pack<A, n> up;
+        P::mix(left, right, col_part, up);
+        Pack<T, n> gx;
+#pragma unroll
+        for (int j = 0; j < n; ++j) narrow(g.v[j] + g.v[j] * up.v[j], gx.v[j]);
+        *reinterpret_cast<Pack<T, n>*>(a.out + at) = gx;
       }
-      const Pack<A, n> x = P::read(a.x + at);
-#pragma unroll
-      for (int j = 0; j < n; ++j) sum.v[j] += weight * (g.v[j] * x.v[j]);
-      if (down.first() != r || along.first() != c) continue;
-      Pack<A, n> up;
-      P::mix(left, right, col_part, up);
-      Pack<T, n> gx;
-#pragma unroll
-      for (int j = 0; j < n; ++j) narrow(g.v[j] + g.v[j] * up.v[j], gx.v[j]);
-      *reinterpret_cast<Pack<T, n>*>(a.out + at) = gx;
     }
   }
+#pragma unroll
+  for (int j = 0; j < n; ++j) sums[warp][j][lane] = sum.v[j];
+  __syncthreads();
+  if (warp > 0 || image >= a.planes) return;
   Pack<T, n> gy;
 #pragma unroll
-  for (int j = 0; j < n; ++j) narrow(sum.v[j], gy.v[j]);
+  for (int j = 0; j < n; ++j) {
+    A total = sums[0][j][lane];
+    for (int w = 1; w < row_warps; ++w) total += sums[w][j][lane];
+    narrow(total, gy.v[j]);
+  }
   *reinterpret_cast<Pack<T, n>*>(a.gy + target * a.channels + pack * n) = gy;
-}
-
-Axis axis_of(int64_t large, int64_t small) {
-  return {static_cast<int>(large), static_cast<int>(small), static_cast<int>(small / large),
-          static_cast<unsigned>(2 * (small % large))};
 }
 
 template <class T>
@@ -383,8 +351,8 @@ cudaError_t scfm_backward(Type type, const ScfmShape& shape, const void* g, cons
                           is_aligned(gy) && is_aligned(gx);
       const int64_t work =
           shape.maps * shape.from_rows * shape.from_cols * (packed ? shape.channels / n : shape.channels);
-      return launch(packed ? fuse_pixels_backward<T, n> : fuse_pixels_backward<T, 1>, divide_up<int64_t>(work, threads),
-                    threads, stream, a);
+      return launch(packed ? fuse_pixels_backward<T, n> : fuse_pixels_backward<T, 1>, divide_up<int64_t>(work, 32),
+                    32 * row_warps, stream, a);
     }
     const int64_t blocks =
         shape.maps * divide_up<int64_t>(shape.from_rows, tile_rows) * divide_up<int64_t>(shape.from_cols, tile_cols);

@@ -181,8 +181,10 @@ def _predictor(arguments: argparse.Namespace) -> Predictor:
     except (OSError, ValueError) as error:
         raise WorkError(error) from error
     try:
+        if torch.device(arguments.device).type == "meta":
+            raise RuntimeError("it has no memory")
         model = model.to(arguments.device)
-    except (AssertionError, RuntimeError) as error:  # torch's, each a device's own
+    except (AssertionError, ImportError, RuntimeError) as error:  # torch's, each a device's own
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {arguments.device} cannot be used: {reason}") from error
     try:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sodfast.nn.scfm import SCFM, ConvBNReLU, init_decoder
+from sodfast.ops._backend import choose
 
 from .encoder_weights import load_encoder_weights
 from .encoders import make_encoder
@@ -49,7 +50,7 @@ class _EncoderDecoder(nn.Module):
 
     def _encode(self, image: Tensor) -> list[Tensor]:
         check_image(image, self.config["in_channels"], SIZE_MULTIPLE)
-        if image.is_cuda:  # the layout of cuDNN's convolutions on tensor cores; all else follows it
+        if choose("scfm", image) == "cuda":  # as cuDNN's tensor cores want it; all else follows
             image = image.contiguous(memory_format=torch.channels_last)
         features: list[Tensor] = self.encoder(image)
         return features

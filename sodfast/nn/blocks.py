@@ -95,7 +95,8 @@ class ILBlock(nn.Module):
             ys, moments = self.norm1.into(self.conv2, ys, moments)
             ys, moments = self.norm2.into(self.conv3, ys, moments)
             # Who watches the last norm, or replaced it, gets the call of any norm.
-            plain = type(self.norm3) is NormAct and not _is_watched(self.norm3)
+            plain = type(self.norm3) is NormAct and "forward" not in vars(self.norm3)
+            plain = plain and not _is_watched(self.norm3)
             return self.norm3(ys, moments) if plain else self.norm3(ys)
         ys = self.norm2(self.conv2(self.norm1(self.conv1(xs))))
         return self.norm3(self.conv3(ys))
