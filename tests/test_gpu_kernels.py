@@ -91,6 +91,28 @@ def test_goctconv_larger(gpu: str, case: test_goctconv.Case) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_nan_stays_in_its_sample(gpu: str, kernel: int, dtype: torch.dtype) -> None:
+    """Tensor cores take eight channels at once, also where three are."""
+    source, device = Source(kernel), device_of(gpu)
+    sizes = (3, 3, 16, 16), (3, 5, 8, 8)
+    xs = [source.uniform(*size).to(device, dtype).requires_grad_() for size in sizes]
+    weight = source.uniform(11, 8, kernel, kernel).to(device, dtype).requires_grad_()
+    broken = [x.detach().clone() for x in xs]
+    for x in broken:
+        x[:2] = torch.nan
+    with running(gpu):
+        for y in goctconv(broken, weight.detach(), (4, 7)):
+            assert y[:2].isnan().all() and y[2].isfinite().all()
+        ys = goctconv(xs, weight, (4, 7))
+        grads = [torch.ones_like(y) for y in ys]
+        for grad in grads:
+            grad[:2] = torch.nan
+        for grad in torch.autograd.grad(ys, xs, grads):
+            assert grad[2].isfinite().all() and not grad[:2].isfinite().any()
+
+
 @settings(max_examples=EXAMPLES)
 @given(test_goctconv.cases())
 def test_goctconv_measured_drawn(gpu: str, case: test_goctconv.Case) -> None:

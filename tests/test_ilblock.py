@@ -248,3 +248,16 @@ def test_a_block_with_another_layer_runs_on_the_cpu() -> None:
     expected = block(x)
     block.conv1 = torch.nn.Sequential(block.conv1)
     assert all(torch.equal(a, b) for a, b in zip(block(x), expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_nan_stays_in_its_sample(gpu: str, dtype: torch.dtype) -> None:
+    """Tensor cores take eight channels at once, also where three are."""
+    case = Case(test_goctconv.Case(3, (32, 32), (3, 5), (4, 7), kernel=1))
+    device = device_of(gpu)
+    tensors = {k: [t.to(device, dtype) for t in group] for k, group in case.tensors().items()}
+    for x in tensors["xs"]:
+        x[:2] = torch.nan
+    with running(gpu):
+        for y in case.run(ilblock)(tensors):
+            assert y[:2].isnan().all() and y[2].isfinite().all()
