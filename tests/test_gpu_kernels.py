@@ -81,6 +81,8 @@ def test_goctconv_drawn(gpu: str, case: test_goctconv.Case) -> None:
         test_goctconv.Case(1, (40, 24), (3, 9, 2, 5), (2, 3, 9, 4), kernel=1),
         test_goctconv.Case(1, (32, 48), (19, 33), (8, 9), kernel=1),
         test_goctconv.Case(2, (64, 48), (4, 3), (3, 2, 1), kernel=3, stride=2),
+        # A coarser source with rows of whole pairs, but not of whole fours.
+        test_goctconv.Case(2, (20, 28), (4, 9), (5, 3), kernel=1),
     ],
     ids=str,
 )
@@ -91,7 +93,27 @@ def test_goctconv_larger(gpu: str, case: test_goctconv.Case) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4028e38])
+def test_what_float32_cannot_split_is_multiplied_as_it_is(
+    gpu: str, kernel: int, value: float
+) -> None:
+    """Tensor cores multiply float32 in two parts, and these have but one."""
+    source, device = Source(kernel), device_of(gpu)
+    x, weight = source.uniform(1, 3, 9, 12), source.uniform(5, 3, kernel, kernel) / 8
+    x[0, 1, 4, 5] = value
+    weight[1, 1], weight[2, 1] = (
+        0.25,
+        0.0,
+    )  # nothing is left of the one, nothing is there of the other
+    (exact,) = goctconv_reference([x], weight, (5,))
+    with running(gpu):
+        (found,) = goctconv([x.to(device)], weight.to(device), (5,))
+    assert not exact[0, 0, 4, 5].isfinite() or abs(value) < torch.inf
+    torch.testing.assert_close(found.cpu(), exact, rtol=1e-3, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, *HALVES), ids=str)
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_a_nan_stays_in_its_sample(gpu: str, kernel: int, dtype: torch.dtype) -> None:
     """Tensor cores take eight channels at once, also where three are."""

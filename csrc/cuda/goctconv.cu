@@ -18,9 +18,9 @@
 namespace sodfast::cuda {
 namespace {
 
-template <class T, int k, bool backward, bool measured = false>
+template <class T, bool tensor_cores, int k, bool backward, bool measured = false>
 __global__ void __launch_bounds__(group_threads* most_groups, 2) convolve(const __grid_constant__ Arguments<T> a) {
-  using Work = Tile<T, k, backward>;
+  using Work = Tile<T, k, backward, tensor_cores>;
   __shared__ typename Work::Shared shared;
   int64_t rest, part;
   const int s = a.blocks.find(blockIdx.x, a.to.scales, rest);
@@ -35,21 +35,23 @@ __global__ void __launch_bounds__(group_threads* most_groups, 2) convolve(const 
              static_cast<int>(least<int64_t>(outs_per_block, a.to.channels[s] - out0)),
              static_cast<int>(threadIdx.x) / group_threads, static_cast<int>(threadIdx.x) % group_threads}};
   for (int i = 0; i < (Work::coarse_apart ? least(s + 1, a.from.scales) : a.from.scales); ++i) work.add(i);
-  if constexpr (Work::tensor_cores) work.collect();
+  if constexpr (tensor_cores) work.collect();
   if (Work::coarse_apart)
     for (int i = a.from.scales - 1; i > s; --i) work.add_apart(i);
   work.store();
   if (measured) work.measure();
 }
 
-template <class T>
-cudaError_t run(Arguments<T>& a, int64_t kernel, bool backward, cudaStream_t stream, bool measured = false) {
-  const auto quads = [](const T* maps, int64_t cols) {
-    return cols % pixels_per_thread == 0 && reinterpret_cast<uintptr_t>(maps) % (pixels_per_thread * sizeof(T)) == 0;
+template <class T, bool tensor_cores>
+cudaError_t run(Arguments<T>& a, int64_t kernel, bool backward, cudaStream_t stream, bool measured) {
+  const auto whole = [](const T* maps, int64_t cols, int pixels) {
+    return cols % pixels == 0 && reinterpret_cast<uintptr_t>(maps) % (pixels * sizeof(T)) == 0;
   };
+  const auto quads = [&](const T* maps, int64_t cols) { return whole(maps, cols, pixels_per_thread); };
   for (int i = 0; i < a.from.scales; ++i) {
     a.from_begin[i] = a.from.begin(i);
     a.quads[i] = quads(a.sources[i], backward ? a.from.cols(i) : a.stored.cols(i));
+    a.pairs[i] = whole(a.sources[i], a.from.cols(i), 2);
   }
   int64_t most = 1;
   for (int s = 0; s < a.to.scales; ++s) {
@@ -58,17 +60,26 @@ cudaError_t run(Arguments<T>& a, int64_t kernel, bool backward, cudaStream_t str
     most = a.to.channels[s] > most ? a.to.channels[s] : most;
   }
   a.groups = static_cast<int>(least<int64_t>(most_groups, divide_up<int64_t>(most, outs_per_thread)));
-  if (sizeof(T) == 2) a.groups = a.groups > 2 ? most_groups : 2;  // tensor cores take 16 channels
+  if (tensor_cores && a.groups == 3) a.groups = 4;  // a warp's tiles are divided by 1, 2 or 4
   for (int s = 0; s < a.to.scales; ++s)
     a.blocks.first[s + 1] = a.blocks.first[s] + a.to.batch * divide_up<int64_t>(a.to.rows(s), side) *
                                                     divide_up<int64_t>(a.to.cols(s), side) *
                                                     divide_up<int64_t>(a.to.channels[s], a.groups * outs_per_thread);
   const int64_t blocks = a.blocks.first[a.to.scales];
   const int threads = group_threads * a.groups;
+  constexpr bool tc = tensor_cores;
   if (measured)
-    return launch(kernel == 1 ? convolve<T, 1, false, true> : convolve<T, 3, false, true>, blocks, threads, stream, a);
-  if (kernel == 1) return launch(backward ? convolve<T, 1, true> : convolve<T, 1, false>, blocks, threads, stream, a);
-  return launch(backward ? convolve<T, 3, true> : convolve<T, 3, false>, blocks, threads, stream, a);
+    return launch(kernel == 1 ? convolve<T, tc, 1, false, true> : convolve<T, tc, 3, false, true>, blocks, threads,
+                  stream, a);
+  if (kernel == 1)
+    return launch(backward ? convolve<T, tc, 1, true> : convolve<T, tc, 1, false>, blocks, threads, stream, a);
+  return launch(backward ? convolve<T, tc, 3, true> : convolve<T, tc, 3, false>, blocks, threads, stream, a);
+}
+
+template <class T>
+cudaError_t run(Arguments<T>& a, int64_t kernel, bool backward, cudaStream_t stream, bool measured = false) {
+  return on_tensor_cores<T>(
+      [&](auto tensor_cores) { return run<T, decltype(tensor_cores)::value>(a, kernel, backward, stream, measured); });
 }
 
 // The inputs' sizes after the stride.

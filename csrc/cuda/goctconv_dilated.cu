@@ -344,8 +344,7 @@ cudaError_t dilated_grad_weight(Type type, const DilatedShape& shape, Pointers g
     }
     A* sums = static_cast<A*>(workspace);
     const int64_t weights = plan.weights[scales];
-    const cudaError_t error = launch(outer_product<Problem<T>>, plan.patches * plan.slices, outer_threads, stream,
-                                     problem, sums, weights, plan.slices);
+    const cudaError_t error = launch_outer_product(problem, sums, plan.patches, weights, plan.slices, stream);
     return error != cudaSuccess ? error : add_all_slices(out, sums, plan.slices, stream);
   });
 }

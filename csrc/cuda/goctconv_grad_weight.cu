@@ -164,8 +164,7 @@ cudaError_t run(const GOctConvShape& shape, Pointers gys, Pointers xs, void* gwe
   }
   const Plan& plan = problem.plan;
   auto* sums = static_cast<typename Sum<T>::type*>(workspace);
-  const cudaError_t error = launch(outer_product<Problem<T, k>>, plan.patches * plan.slices, outer_threads, stream,
-                                   problem, sums, plan.weights, plan.slices);
+  const cudaError_t error = launch_outer_product(problem, sums, plan.patches, plan.weights, plan.slices, stream);
   const Segments<T> out{{static_cast<T*>(gweight)}, {0, plan.weights}, 1};
   return error != cudaSuccess ? error : add_all_slices(out, sums, plan.slices, stream);
 }

@@ -2,8 +2,8 @@
 //
 // What keeps such a kernel slow is waiting, so a thread asks for all that it brings of several channels before it
 // stores the first of it: it works out where its pixels lie once, then reads them in channel after channel. Where rows
-// are whole and aligned, four pixels are one access; the 2x2 max-pool and the transpose of upsampling by two have such
-// a form too.
+// are whole and aligned, four pixels are one access; the 2x2 max-pool, upsampling by two and the transpose of that have
+// such a form too.
 #pragma once
 
 #include "cuda/resample_quad.h"
@@ -16,7 +16,7 @@ constexpr int side = 16, outs_per_thread = 8, pixels_per_thread = 4, most_groups
 constexpr int quads_per_row = side / pixels_per_thread, group_threads = side * quads_per_row;  // 64
 constexpr int most_outs = outs_per_thread * most_groups;
 constexpr int coarse_side = side / 2 + 2, coarse_pixels = coarse_side * coarse_side;
-constexpr int warp_tiles = 8;                // of 16 channels and 8 pixels, that a warp multiplies on tensor cores
+constexpr int warp_tiles = 8;                // of 16 pixels and 8 channels, that a warp multiplies on tensor cores
 constexpr int weight_pitch = most_outs + 4;  // whole 16 bytes, and not all rows in one bank
 
 // `from` and `to` are the sides of this direction at the sizes of the convolution; stored: the inputs' sizes in
@@ -28,6 +28,7 @@ struct Arguments {
   const T* inputs[max_scales];  // backward: where the maxima are
   T* targets[max_scales];
   bool quads[max_scales], input_quads[max_scales];       // their rows are whole, aligned fours of what is convolved
+  bool pairs[max_scales];                                // … of the sources, pairs
   int64_t from_begin[max_scales], to_begin[max_scales];  // first channel of a scale among all
   const T *weight, *bias, *slope;
   int64_t weight_cols;  // input channels in all
@@ -36,15 +37,15 @@ struct Arguments {
   TileMoments moments;  // where they are asked for
 };
 
-template <class T, int k, bool backward>
+// tensor_cores: whether these multiply, and need whole eights of what is summed up.
+template <class T, int k, bool backward, bool tensor_cores>
 struct Inputs {
   using A = typename Sum<T>::type;
   using Quad = Pack<A, pixels_per_thread>;
   static constexpr int k2 = k * k, halo = k / 2, chunk = k == 1 ? 16 : 8;
   static constexpr int tile_side = side + 2 * halo, pitch = k == 1 ? side : side + 4;
   static constexpr bool coarse_apart = k != 1 || backward;
-  static constexpr bool tensor_cores = sizeof(T) == 2;
-  static constexpr int plane = tile_side * pitch + 4;  // = 4 mod 8: a warp reads 4 channels at 8 pixels, each its bank
+  static constexpr int plane = tile_side * pitch + 4;  // k = 1: a warp reads 4 channels at 8 pixels, each its bank
   static constexpr int result_pitch = side * side + 4, result_rows = 16;
   static constexpr int room =
       chunk * plane > result_rows* result_pitch || !tensor_cores ? chunk * plane : result_rows * result_pitch;
@@ -102,8 +103,10 @@ struct Inputs {
   }
 
   // ------------------------------------------------------------------------------------- into shared memory
-  // Tensor cores take eight channels at once: what is missing of these is zero.
-  static __device__ __forceinline__ int filled(int count) { return tensor_cores ? divide_up(count, 8) * 8 : count; }
+  // The planes that are read of `count` channels: tensor cores take eight taps at once, of which the missing are zero.
+  static __device__ __forceinline__ int filled(int count) {
+    return tensor_cores ? divide_up(divide_up(count * k2, 8) * 8, k2) : count;
+  }
   // k = 1: each thread brings its own pixels of every groups-th channel, `ahead` of them asked for at once; E: of which
   // type, a quad or one value.
   template <class E, int ahead, class Read>
@@ -129,6 +132,11 @@ struct Inputs {
     if (i == s && whole) return bring<Quad, 4>(first, area(i), count, 0, [&](const T* p) { return plain(p); });
     if (i == s - 1 && whole && (!backward || (from_cols == 2 * cols() && a.from.rows(i) == 2 * rows())))
       return bring<Quad, 1>(first, area(i), count, 0, [&](const T* p) { return from_finer(p, from_cols); });
+    if (!backward && i == s + 1 && a.pairs[i] && a.stride == 1) {
+      const bool inside = row() < rows() && col() < cols();
+      const RaisedQuad<A> raised(static_cast<int>(a.from.rows(i)), from_cols, row(), col());
+      return bring<Quad, 2>(first, area(i), count, 0, [&](const T* p) { return inside ? raised(p) : Quad{}; });
+    }
 #pragma unroll 1
     for (int p = 0; p < pixels_per_thread; ++p) {
       const int y = row(), x = col() + p;

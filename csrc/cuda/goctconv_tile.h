@@ -1,8 +1,8 @@
 // A block's work in the cross-scale convolution of goctconv.cu: a tile of 16 x 16 pixels of one scale and sample and
 // up to 32 output channels. A thread has 4 pixels of a row times 8 channels in registers: 64 threads share the pixels,
-// up to 4 groups of them the channels. Input channels pass through shared memory, a chunk at a time. In half precision
-// tensor cores multiply all but the coarser sources below, and what they leave goes through shared memory to the
-// threads that have the pixels.
+// up to 4 groups of them the channels. Input channels pass through shared memory, a chunk at a time. Tensor cores
+// (tensor.h) multiply all but the coarser sources below, and what they leave goes through shared memory to the threads
+// that have the pixels.
 //
 // At k = 1 a coarser source is upsampled on load and then like any other: W * up(x) = up(W * x). At k = 3, where the
 // borders differ, and on the way back through a max-pool, which knows its maxima per output channel, it is convolved at
@@ -15,13 +15,12 @@
 namespace sodfast::cuda {
 namespace {
 
-template <class T, int k, bool backward>
-struct Tile : Inputs<T, k, backward> {
-  using Base = Inputs<T, k, backward>;
+template <class T, int k, bool backward, bool tensor_cores>
+struct Tile : Inputs<T, k, backward, tensor_cores> {
+  using Base = Inputs<T, k, backward, tensor_cores>;
   using Base::a, Base::b, Base::busy, Base::chunk, Base::col, Base::cols, Base::group, Base::halo, Base::k2, Base::out0,
       Base::outs, Base::pitch, Base::pixel, Base::plane, Base::result_pitch, Base::row, Base::rows, Base::s,
-      Base::shared, Base::stage, Base::stage_pixels, Base::stage_weights, Base::tensor_cores, Base::tile_side, Base::x0,
-      Base::y0;
+      Base::shared, Base::stage, Base::stage_pixels, Base::stage_weights, Base::tile_side, Base::x0, Base::y0;
   using typename Base::A;
   using typename Base::Quad;
   static constexpr int unrolled = k == 1 ? 2 : 1;
@@ -65,53 +64,69 @@ struct Tile : Inputs<T, k, backward> {
     }
   }
 
-  // The same of all pixels and up to 16 or 32 channels on tensor cores. A warp's tiles: with 16 channels eight of 8
-  // pixels each, else four, times two of 16 channels.
-  __device__ __forceinline__ int warp_tile(int i) const {  // the first of its 8 pixels
-    const int per_row = a.groups == most_groups ? warp_tiles / 2 : warp_tiles;
-    return (static_cast<int>(threadIdx.x) / 32 * per_row + i % per_row) * 8;
-  }
+  // The same on tensor cores: a warp has 8 tiles of 16 pixels, a row, and 8 channels; with n groups of 8 channels,
+  // 8 / n rows. What is summed up are the taps of all staged channels in a row, as the weights lie.
+  template <int n>
   __device__ __forceinline__ void multiply_tiles(int count) {
     const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-    for (int c = 0; c < count; c += 8) {
+    const A* const rows = &shared.values[first_row<n>() * pitch + g];
 #pragma unroll 1
-      for (int tap = 0; tap < k2; ++tap) {
-        const A* w = &shared.weights[(c + 2 * t) * k2 + tap][g];
-        Fragment<T> rows[2];
+    for (int tap = 2 * t; tap - 2 * t < count * k2; tap += 8) {
+      const A *x = rows + place(tap), *x_next = rows + place(tap + 1);
+      const A *w = &shared.weights[tap][g], *w_next = &shared.weights[tap + 1][g];
+      const auto pixels = [&](int r) {
+        return Fragment<T>{{x[r * pitch], x_next[r * pitch]}, {x[r * pitch + 8], x_next[r * pitch + 8]}};
+      };
+      const auto channels = [&](int o) { return Pair<T>(w[8 * o], w_next[8 * o]); };
+      if constexpr (n < 4) {  // the fewer of the two stay in registers
+        Pair<T> held[n];
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {  // the second: the next 16 channels, or again the first
-          const A* channels = a.groups == most_groups ? w + 16 * m : w;
-          narrow(channels[0], channels[k2 * weight_pitch], rows[m].upper);
-          narrow(channels[8], channels[k2 * weight_pitch + 8], rows[m].lower);
+        for (int o = 0; o < n; ++o) held[o] = channels(o);
+#pragma unroll
+        for (int r = 0; r < warp_tiles / n; ++r) {
+          const Fragment<T> row = pixels(r);
+#pragma unroll
+          for (int o = 0; o < n; ++o)
+            if (o == 0 || 8 * o < outs) multiply_add(products[r * n + o], row, held[o]);
         }
-        const A* x = &shared.values[(c + 2 * t) * plane + tap / k * pitch + tap % k];
-        Pack<T, 2> cols;
+      } else {
+        const Fragment<T> held[2] = {pixels(0), pixels(1)};
 #pragma unroll
-        for (int i = 0; i < warp_tiles; ++i) {
-          const int p = warp_tile(i) + g;
-          const A* at = x + p / side * pitch + p % side;
-          narrow(at[0], at[plane], cols);
-          multiply_add(products[i], rows[i / (warp_tiles / 2)], cols);
+        for (int o = 0; o < n; ++o) {
+          if (o > 0 && 8 * o >= outs) continue;
+          const Pair<T> eight = channels(o);
+#pragma unroll
+          for (int r = 0; r < 2; ++r) multiply_add(products[r * n + o], held[r], eight);
         }
       }
     }
   }
+  // The first row of this warp's.
+  template <int n>
+  static __device__ __forceinline__ int first_row() {
+    return static_cast<int>(threadIdx.x) / 32 * (warp_tiles / n);
+  }
+  // Where a tap of all channels' lies from the first on.
+  static __device__ __forceinline__ int place(int tap) {
+    const int c = tap / k2, rest = tap - c * k2;
+    return c * plane + rest / k * pitch + rest % k;
+  }
   // The results of the tiles to the threads that store them, 16 channels at a time. All threads call.
-  __device__ __forceinline__ void collect() {
+  template <int n>
+  __device__ __forceinline__ void collect_tiles() {
     const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-    const int per_row = a.groups == most_groups ? warp_tiles / 2 : warp_tiles;
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      if (m > 0 && a.groups < most_groups) break;
+    for (int half = 0; half < divide_up(n, 2); ++half) {
 #pragma unroll
-      for (int i = 0; i < warp_tiles; ++i) {
-        if (i / per_row != m) continue;
+      for (int r = 0; r < warp_tiles / n; ++r)
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          shared.values[(g + j / 2 * 8) * result_pitch + warp_tile(i) + 2 * t + j % 2] = products[i][j];
-      }
+        for (int o = 2 * half; o < least(2 * half + 2, n); ++o)
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            shared.values[(o % 2 * 8 + 2 * t + j % 2) * result_pitch + (first_row<n>() + r) * side + g + j / 2 * 8] =
+                products[r * n + o][j];
       __syncthreads();
-      if (group / 2 == m)
+      if (group / 2 == half)
 #pragma unroll
         for (int o = 0; o < outs_per_thread; ++o) {
           const Quad quad = *reinterpret_cast<const Quad*>(
@@ -121,6 +136,12 @@ struct Tile : Inputs<T, k, backward> {
         }
       __syncthreads();
     }
+  }
+  __device__ __forceinline__ void multiply_tiles(int count) {
+    a.groups == 1 ? multiply_tiles<1>(count) : a.groups == 2 ? multiply_tiles<2>(count) : multiply_tiles<4>(count);
+  }
+  __device__ __forceinline__ void collect() {
+    a.groups == 1 ? collect_tiles<1>() : a.groups == 2 ? collect_tiles<2>() : collect_tiles<4>();
   }
 
   // A source that is read at the target's pixels.

@@ -14,10 +14,10 @@
 namespace sodfast::cuda {
 namespace {
 
-template <class T, int k>
+template <class T, int k, bool tensor_cores>
 __global__ void __launch_bounds__(group_threads* most_groups, k == 1 ? most_resident : 2)
     ilblock_tile(const __grid_constant__ Arguments<T> a) {
-  using Work = Tile<T, k>;
+  using Work = Tile<T, k, tensor_cores>;
   __shared__ typename Work::Shared shared;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   int64_t rest, part;
@@ -43,12 +43,21 @@ __global__ void __launch_bounds__(group_threads* most_groups, k == 1 ? most_resi
   if (k != 1)
     for (int i = a.from.scales - 1; i > s; --i) work.add_apart(i);
   for (int i = 0; i < (k == 1 ? a.from.scales : least(s + 1, a.from.scales)); ++i) work.add(i);
-  if constexpr (Work::tensor_cores)
+  if constexpr (tensor_cores)
     work.fill_window_from_tiles();
   else
     work.fill_window();
   __syncthreads();
   for (int c = warp; c < work.outs; c += static_cast<int>(blockDim.x) / 32) work.run_depthwise(c);
+}
+
+template <class T>
+cudaError_t run(void (*kernel)(Arguments<T>), Arguments<T>& a, cudaStream_t stream) {
+  for (int s = 0; s < a.to.scales; ++s)
+    a.blocks.first[s + 1] = a.blocks.first[s] + a.to.batch * divide_up<int64_t>(a.to.rows(s), tile_rows) *
+                                                    divide_up<int64_t>(a.to.cols(s), tile_cols) *
+                                                    divide_up<int64_t>(a.to.channels[s], a.groups * outs_per_thread);
+  return launch(kernel, a.blocks.first[a.to.scales], group_threads * a.groups, stream, a);
 }
 
 }  // namespace
@@ -81,15 +90,12 @@ cudaError_t ilblock(Type type, const GOctConvShape& shape, Pointers xs, Pointers
     int64_t most = 1;
     for (int s = 0; s < a.to.scales; ++s) most = a.to.channels[s] > most ? a.to.channels[s] : most;
     a.groups = static_cast<int>(least<int64_t>(most_groups, divide_up<int64_t>(most, outs_per_thread)));
-    if (Tile<T, 1>::tensor_cores && shape.kernel == 1) a.groups = most_groups;  // they take 16 channels
-    for (int s = 0; s < a.to.scales; ++s) {
-      a.targets[s] = static_cast<T*>(ys[s]), a.to_begin[s] = a.to.begin(s);
-      a.blocks.first[s + 1] = a.blocks.first[s] + a.to.batch * divide_up<int64_t>(a.to.rows(s), tile_rows) *
-                                                      divide_up<int64_t>(a.to.cols(s), tile_cols) *
-                                                      divide_up<int64_t>(a.to.channels[s], a.groups * outs_per_thread);
-    }
-    return launch(shape.kernel == 1 ? ilblock_tile<T, 1> : ilblock_tile<T, 3>, a.blocks.first[a.to.scales],
-                  group_threads * a.groups, stream, a);
+    for (int s = 0; s < a.to.scales; ++s) a.targets[s] = static_cast<T*>(ys[s]), a.to_begin[s] = a.to.begin(s);
+    if (shape.kernel == 3) return run(ilblock_tile<T, 3, false>, a, stream);
+    return on_tensor_cores<T>([&](auto tensor_cores) {
+      if (tensor_cores) a.groups = most_groups;  // they take 16 channels
+      return run(ilblock_tile<T, 1, decltype(tensor_cores)::value>, a, stream);
+    });
   });
 }
 

@@ -50,12 +50,12 @@ struct Arguments {
   BlockRanges blocks;
 };
 
-template <class T, int k>
+// tensor_cores: whether these multiply at k = 1.
+template <class T, int k, bool tensor_cores>
 struct Tile {
   using A = typename Sum<T>::type;
   static constexpr int k2 = k * k, halo = k / 2, chunk = k == 1 ? 16 : 8;
   static constexpr int staged_rows = window_rows + 2 * halo, staged_cols = window_cols + 2 * halo;
-  static constexpr bool tensor_cores = sizeof(T) == 2 && k == 1;
   static constexpr int plane = staged_rows * staged_cols + 4;  // no two of the channels that a warp reads in one bank
 
   // While the convolution adds up, and after it.
@@ -206,15 +206,11 @@ struct Tile {
     const int g = lane / 4, t = lane % 4;
     for (int c = 0; c < count; c += 8) {
       const A *w = &shared.in.weights[c + 2 * t][g], *w_next = &shared.in.weights[c + 2 * t + 1][g];
-      Fragment<T> channels;
-      narrow(w[0], w_next[0], channels.upper), narrow(w[8], w_next[8], channels.lower);
+      const A *x = &shared.in.values[c + 2 * t][g], *x_next = &shared.in.values[c + 2 * t + 1][g];
+      const Fragment<T> channels{{w[0], w_next[0]}, {w[8], w_next[8]}};
 #pragma unroll
-      for (int i = 0; i < warp_tiles; ++i) {
-        Pack<T, 2> pixels;
-        narrow(shared.in.values[c + 2 * t][warp_tile(i) + g], shared.in.values[c + 2 * t + 1][warp_tile(i) + g],
-               pixels);
-        multiply_add(products[i], channels, pixels);
-      }
+      for (int i = 0; i < warp_tiles; ++i)
+        multiply_add(products[i], channels, Pair<T>(x[warp_tile(i)], x_next[warp_tile(i)]));
     }
   }
   __device__ __forceinline__ void fill_window_from_tiles() {

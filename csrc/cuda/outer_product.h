@@ -4,9 +4,9 @@
 // A block takes a patch of up to 32 rows x 48 columns and a slice of the pixels, 32 quads (4 pixels in a row) at a
 // time through shared memory: a lane reads one quad of its warp's lines, 16 bytes an access where rows are aligned and
 // several accesses in flight. Then a thread has a piece of the patch, 8 rows x 4 columns in registers, and every n-th
-// quad: so a small patch too keeps most threads busy. In half precision a warp has 16 rows and all columns on tensor
-// cores, and every fourth or eighth pair of quads. The slices' sums lie in a workspace [slice][weight] and
-// a second launch adds them in a fixed order: no atomics, the same bits on every run.
+// quad: so a small patch too keeps most threads busy. On tensor cores (tensor.h) a warp has 16 rows and all columns,
+// and every fourth or eighth pair of quads. The slices' sums lie in a workspace [slice][weight] and a second launch
+// adds them in a fixed order: no atomics, the same bits on every run.
 //
 // 2·rows·cols FLOPs per pixel; a line of g is read once per 48 columns, one of x once per 32 rows, mostly from L2. A
 // piece's quad is 12 reads of 16 bytes for 128 multiply-adds. Memory bounds it up to some 20 channels (k = 1), which
@@ -173,11 +173,9 @@ struct Tiles {
         sharing(patch.n_rows > 16 ? outer_warps / 2 : outer_warps) {}
 
   // Two pixels of a line.
-  static __device__ __forceinline__ Pack<T, 2> pair(const float* lines, int line, int pixel) {
+  static __device__ __forceinline__ Pair<T> pair(const float* lines, int line, int pixel) {
     const auto wide = *reinterpret_cast<const Pack<float, 2>*>(lines + line * (4 * line_pitch) + pixel);
-    Pack<T, 2> out;
-    narrow(wide.v[0], wide.v[1], out);
-    return out;
+    return {wide.v[0], wide.v[1]};
   }
   __device__ __forceinline__ void add(const Pack<float, 4>* row_lines, const Pack<float, 4>* col_lines) {
     const float *rows = row_lines->v, *cols = col_lines->v;
@@ -215,13 +213,13 @@ struct Tiles {
 // Problem: the type Stored of its maps; `Place place(block)`, and of a place `Patch patch(place)`, `stage(place, quad,
 // rows, cols)`, which fills this lane's quad of the patch's lines, zero where pixels do not exist, and `weight(place,
 // row, col)`.
-template <class Problem>
+template <class Problem, bool tensor_cores>
 __global__ void __launch_bounds__(outer_threads, 2)
     outer_product(const __grid_constant__ Problem problem, typename Problem::A* workspace, int64_t weights,
                   int64_t slices) {
   using T = typename Problem::Stored;
   using A = typename Problem::A;
-  using Products = std::conditional_t<sizeof(T) == 2, Tiles<T>, Pieces<A>>;
+  using Products = std::conditional_t<tensor_cores, Tiles<T>, Pieces<A>>;
   __shared__ Pack<A, 4> row_lines[(patch_rows + patch_cols) * line_pitch];
   static_assert(sizeof row_lines >= rows_per_thread * cols_per_thread * outer_threads * sizeof(A) &&
                     sizeof row_lines >= 16 * patch_cols * outer_warps * sizeof(A),
@@ -250,6 +248,16 @@ __global__ void __launch_bounds__(outer_threads, 2)
   }
   products.finish(patch, reinterpret_cast<A*>(row_lines), [&](int row, int col, A total) {
     workspace[slice * weights + problem.weight(place, row, col)] = total;
+  });
+}
+
+// Starts it: `patches` times `slices` blocks.
+template <class Problem>
+cudaError_t launch_outer_product(const Problem& problem, typename Problem::A* workspace, int64_t patches,
+                                 int64_t weights, int64_t slices, cudaStream_t stream) {
+  return on_tensor_cores<typename Problem::Stored>([&](auto tensor_cores) {
+    return launch(outer_product<Problem, decltype(tensor_cores)::value>, patches * slices, outer_threads, stream,
+                  problem, workspace, weights, slices);
   });
 }
 

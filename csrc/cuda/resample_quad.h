@@ -1,5 +1,5 @@
-// Four pixels in a row of a map that is pooled or lowered on load: what resample.h has for one pixel, with the loads of
-// all four in flight and, at a factor of 2 and aligned rows, 16 bytes each.
+// Four pixels in a row of a map that is pooled, raised or lowered on load: what resample.h has for one pixel, with the
+// loads of all four in flight and, at a factor of 2 and aligned rows, 16 bytes each.
 #pragma once
 
 #include "cuda/resample.h"
@@ -45,6 +45,39 @@ __device__ __forceinline__ Pack<typename Sum<T>::type, 4> halved_quad(const T* p
   }
   return v;
 }
+
+// Pixels x to x + 3 of row y of a map that is a plane, rows x cols with aligned pairs, upsampled by two; x is a multiple
+// of four. Where they read is worked out once for all planes.
+template <class A>
+struct RaisedQuad {
+  int64_t upper, lower;  // where the pair below the four begins, in the two rows that they are between
+  A part;                // of the lower
+  bool at_left, at_right;
+  __device__ __forceinline__ RaisedQuad(int rows, int cols, int y, int x) {
+    const Bilinear<A> v(y, 2, rows);
+    const int c = x / 2;
+    upper = static_cast<int64_t>(v.first) * cols + c, lower = static_cast<int64_t>(v.second) * cols + c, part = v.part;
+    at_left = c == 0, at_right = c + 2 == cols;
+  }
+  // One row: the pair and its neighbours. Beyond the border the map goes on as it ends.
+  template <class T>
+  __device__ __forceinline__ void read(const T* p, T (&line)[4]) const {
+    const auto pair = *reinterpret_cast<const Pack<T, 2>*>(p);
+    line[0] = line[1] = pair.v[0], line[2] = line[3] = pair.v[1];
+    if (!at_left) line[0] = p[-1];
+    if (!at_right) line[3] = p[2];
+  }
+  template <class T>
+  __device__ __forceinline__ Pack<A, 4> operator()(const T* plane) const {
+    T above[4], below[4];
+    read(plane + upper, above), read(plane + lower, below);
+    A m[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) m[i] = (1 - part) * widen(above[i]) + part * widen(below[i]);
+    const A near = A(0.75), far = A(0.25);
+    return {{far * m[0] + near * m[1], near * m[1] + far * m[2], far * m[1] + near * m[2], near * m[2] + far * m[3]}};
+  }
+};
 
 // What fine pixel t of the 2 f that reach coarse pixel c of n weighs in it under the transpose of bilinear upsampling
 // (align_corners=False). Beyond the map's border there is no neighbour to share with.

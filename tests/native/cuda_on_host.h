@@ -273,7 +273,8 @@ T exchange(T value, unsigned from_lane) {
   return value;
 }
 
-// What csrc/cuda/tensor.h says of the tensor cores.
+// What csrc/cuda/tensor.h says of the tensor cores. Eight products and what they are added to are one sum, which is cut
+// off, not rounded: so the hardware does, but for a few bits more or less.
 inline void multiply_add(float (&d)[4], const float (&a)[2][2], const float (&b)[2]) {
   static float rows[most_threads / warp_size][16][8], cols[most_threads / warp_size][8][8];
   const unsigned lane = thread.x % warp_size, g = lane / 4, t = lane % 4;
@@ -284,8 +285,12 @@ inline void multiply_add(float (&d)[4], const float (&a)[2][2], const float (&b)
     right[2 * t + i][g] = b[i];
   }
   Fibre::wait(Fibre::State::at_warp_barrier);
-  for (unsigned i = 0; i < 4; ++i)
-    for (unsigned n = 0; n < 8; ++n) d[i] += left[g + 8 * (i / 2)][n] * right[n][2 * t + i % 2];
+  for (unsigned i = 0; i < 4; ++i) {
+    double sum = d[i];
+    for (unsigned n = 0; n < 8; ++n) sum += double(left[g + 8 * (i / 2)][n]) * double(right[n][2 * t + i % 2]);
+    d[i] = static_cast<float>(sum);
+    if (std::isfinite(d[i]) && std::fabs(double(d[i])) > std::fabs(sum)) d[i] = std::nextafter(d[i], 0.0f);
+  }
   Fibre::wait(Fibre::State::at_warp_barrier);
 }
 
