@@ -2,15 +2,29 @@
 
     t = z - erode₃(z)   or   dilate₃(z) - z   or   dilate₃(z) - erode₃(z)       b = max-pool_k(t)
 
-Forward: t, its maxima of k along the rows, theirs down the columns: three launches over tiles of
-32 x 64 pixels, which read k numbers each from the caches. Bytes per pixel in float32: 24 against
-the 8 that have to move; at k = 31 some 130 reads and maxima, which then are the limit.
+Forward, three launches: t over tiles of 32 x 64 pixels, its maxima of k along the rows, theirs down
+the columns. A tile of the latter two reads 128 positions of each of 32 lines once, k - 1 of which
+are its neighbour's too. In registers, the maxima of 2 come from two of 1, those of 4 from two of 2,
+and in the end those of k from two that overlap: log2(k) steps, each an exchange inside the warps.
 
-Backward: the same, with the places of the maxima kept in a byte each; then a pixel gathers the
-gradient of those windows of its column that chose it, of those of its row, and of the nine 3 x 3
-windows that see it. No atomics; sums in the order of positions. t is never negative: -1 is below
-all of it. THIN is 1, 2 or 3, in the order above. With LOGISTIC the map is sigmoid(z): its extremes
-are where those of z are.
+Backward, five launches: t and its maxima along the rows again; the gradient down the columns, then
+along the rows; that of z. A tile of the middle two makes its maxima anew and keeps a bit per step,
+which of the two had it; then it takes the steps back and hands the gradient of every window to the
+one that had it, until all has come to the position of the maximum. For z a pixel asks the nine
+3 x 3 windows that see it. No atomics; in which order sums are made follows from k.
+
+Per pixel of a large map in float32, the caches serve
+
+                                              k = 1     3    13    31
+    forward    a direction: reads               1.0   1.0   1.1   1.3
+                            steps                 0     2     4     5
+    backward   a direction: reads               2.0   2.1   2.5   3.8
+                            steps, back too       0     4     8    10
+               the maxima along the rows: as forward
+
+beside 10 reads for t and 19 for the gradient of z. Memory moves 24 bytes forward and 50 backward at
+any k; 8 and 12 have to. t is never negative: -1 is below all of it. THIN is 1, 2 or 3, in the order
+above. With LOGISTIC the map is sigmoid(z): its extremes are where those of z are.
 """
 
 import torch
@@ -30,6 +44,7 @@ from ._common import (
 )
 
 _ROWS, _COLS, _BLOCK = 32, 64, 1024
+_LINES, _SPAN = 32, 128
 
 
 @triton.jit
@@ -78,54 +93,82 @@ def _thin(z, t, extremes, rows, cols, THIN: tl.constexpr, LOGISTIC: tl.constexpr
 
 
 @triton.jit
-def _pool(t, out, places, rows, cols, K, ALONG: tl.constexpr, ROWS: tl.constexpr,
-          COLS: tl.constexpr):  # fmt: skip
-    """The maxima of K along the rows or down the columns; where asked for how far in they are."""
-    row, col = _place(cols, ROWS, COLS)
-    known = (row < rows) & (col < cols)
-    start = tl.program_id(0).to(tl.int64) * rows * cols
-    best = tl.full((ROWS, COLS), -1.0, tl.float32)
-    place = tl.zeros((ROWS, COLS), tl.int32)
-    for i in range(0, K):
-        v, h = row, col
-        if ALONG:
-            h = col + (i - K // 2)
-        else:
-            v = row + (i - K // 2)
-        inside = known & (v >= 0) & (v < rows) & (h >= 0) & (h < cols)
-        value = tl.load(t + start + v * cols + h, mask=inside, other=-1.0)
-        better = (value > best) | (value != value)
-        best, place = tl.where(better, value, best), tl.where(better, i, place)
-    at = start + row * cols + col
-    tl.store(out + at, best.to(out.dtype.element_ty), mask=known)
-    if places is not None:
-        tl.store(places + at, place.to(tl.uint8), mask=known)
+def _place_on_lines(lines, own, before, LINES: tl.constexpr, SPAN: tl.constexpr):
+    """Lines (LINES, 1) of a program and positions on them (1, SPAN): some before its own."""
+    blocks = tl.cdiv(lines, LINES)
+    tile = tl.program_id(1)
+    line = tile % blocks * LINES + tl.arange(0, LINES)[:, None]
+    return line, tile // blocks * own - before + tl.arange(0, SPAN)[None, :]
 
 
 @triton.jit
-def _route(grad, weights, places, out, rows, cols, K, ALONG: tl.constexpr, ROWS: tl.constexpr,
-           COLS: tl.constexpr):  # fmt: skip
-    """What each position gets from the K windows that see it; with weights grad is made of b."""
-    row, col = _place(cols, ROWS, COLS)
-    known = (row < rows) & (col < cols)
+def _ahead(x, by):
+    """x from so many positions further on. Lines are rings: what comes round is never used."""
+    position = (tl.arange(0, x.shape[1]) + by) & (x.shape[1] - 1)  # a power of two, less one
+    return tl.gather(x, tl.broadcast_to(position[None, :], x.shape), 1)
+
+
+@triton.jit
+def _distance(step, K):
+    """How far apart the two windows start that a step joins: of 1, 2, 4, ... up to K in all."""
+    return tl.minimum(1 << step, K - (1 << step))
+
+
+@triton.jit
+def _maxima(best, K, STEPS):
+    """Of the K positions from each on; bit n: in step n the window further on had it.
+
+    The earlier of equal maxima wins and the last NaN, as in torch.nn.functional.max_pool2d.
+    """
+    choices = tl.zeros(best.shape, tl.int32)
+    for step in range(STEPS):
+        value = _ahead(best, _distance(step, K))
+        better = (value > best) | (value != value)
+        best = tl.where(better, value, best)
+        choices |= better.to(tl.int32) << step
+    return best, choices
+
+
+@triton.jit
+def _pool(t, out, lines, length, line_stride, stride, K, STEPS, LINES: tl.constexpr,
+          SPAN: tl.constexpr):  # fmt: skip
+    """The maxima of K along lines, which are rows or columns as their strides say."""
+    own = SPAN - K + 1
+    line, position = _place_on_lines(lines, own, K // 2, LINES, SPAN)
+    known = (line < lines) & (position >= 0) & (position < length)
+    start = tl.program_id(0).to(tl.int64) * lines * length + line * line_stride
+    value = tl.load(t + start + position * stride, mask=known, other=-1.0)
+    best, _ = _maxima(value, K, STEPS)
+    centre = position + K // 2
+    whole = (line < lines) & (centre < length) & (tl.arange(0, SPAN)[None, :] < own)
+    tl.store(out + start + centre * stride, best.to(out.dtype.element_ty), mask=whole)
+
+
+@triton.jit
+def _route(grad, weights, t, out, lines, length, line_stride, stride, K, STEPS,
+           LINES: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
+    """The gradient of t from that of its maxima; with weights grad is made of b."""
+    line, position = _place_on_lines(lines, SPAN - 2 * (K - 1), K - 1, LINES, SPAN)
+    known = (line < lines) & (position >= 0) & (position < length)
     plane = tl.program_id(0).to(tl.int64)
-    start = plane * rows * cols
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    for i in range(0, K):  # the window that has this position K - 1 - i in
-        v, h = row, col
-        if ALONG:
-            h = col + (i - K // 2)
-        else:
-            v = row + (i - K // 2)
-        inside = known & (v >= 0) & (v < rows) & (h >= 0) & (h < cols)
-        at = start + v * cols + h
-        mine = inside & (tl.load(places + at, mask=inside, other=255).to(tl.int32) == K - 1 - i)
-        value = tl.load(grad + at, mask=mine, other=0.0).to(tl.float32)
-        if weights is not None:
-            of_product = tl.load(weights + plane * 6 + 3).to(tl.float32)
-            value = of_product * value + tl.load(weights + plane * 6 + 4).to(tl.float32)
-        total += tl.where(mine, value, 0.0)
-    tl.store(out + start + row * cols + col, total, mask=known)
+    start = plane * lines * length + line * line_stride
+    value = tl.load(t + start + position * stride, mask=known, other=-1.0)
+    _, choices = _maxima(value, K, STEPS)
+    centre = position + K // 2  # of the window that starts at a position
+    exists = (line < lines) & (centre >= 0) & (centre < length)
+    total = tl.load(grad + start + centre * stride, mask=exists, other=0.0).to(tl.float32)
+    if weights is not None:
+        of_product = tl.load(weights + plane * 6 + 3).to(tl.float32)
+        total = of_product * total + tl.load(weights + plane * 6 + 4).to(tl.float32)
+        total = tl.where(exists, total, 0.0)
+    for back in range(STEPS):
+        step = STEPS - 1 - back
+        moves = ((choices >> step) & 1) != 0
+        moved = _ahead(tl.where(moves, total, 0.0), -_distance(step, K))
+        total = tl.where(moves, 0.0, total) + moved
+    i = tl.arange(0, SPAN)[None, :]
+    own = known & (i >= K - 1) & (i <= SPAN - K)  # seen by no window that the tile cuts
+    tl.store(out + start + position * stride, total, mask=own)
 
 
 @triton.jit
@@ -210,35 +253,52 @@ def _grid(z: Tensor) -> tuple[int, int]:
     return z.shape[0] * z.shape[1], tiles
 
 
+def _lines(z: Tensor, k: int, down: bool, shared: int) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Grid and sizes of a kernel along lines, whose tiles share so many positions with the next."""
+    rows, cols = z.shape[2:]
+    lines, length, *strides = (cols, rows, 1, cols) if down else (rows, cols, cols, 1)
+    tiles = triton.cdiv(lines, _LINES) * triton.cdiv(length, _SPAN - shared)
+    return (z.shape[0] * z.shape[1], tiles), (lines, length, *strides, k, (k - 1).bit_length())
+
+
 _TILE = {"ROWS": _ROWS, "COLS": _COLS, "num_warps": 16}  # 4 pixels a thread
+_LINE_TILE = {"LINES": _LINES, "SPAN": _SPAN, "num_warps": 16}  # 8; a line is in one warp
 
 
-class _Trace:
-    """The steps to the thick boundary of a map: the boundary, and what the way back needs."""
+def _thinned(
+    z: Tensor, thin: int, logistic: bool, record: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """t; and with record where in the 3 x 3 windows the extremes are."""
+    t = torch.empty_like(z, dtype=torch.float32)
+    extremes = torch.empty_like(z, dtype=torch.uint8) if record else None
+    _thin[_grid(z)](z, t, extremes, *z.shape[2:], THIN=thin, LOGISTIC=logistic, **_TILE)
+    return t, extremes
 
-    def __init__(
-        self, z: Tensor, k: int, thin: int, logistic: bool, record: bool, dtype: torch.dtype
-    ) -> None:
-        def codes() -> Tensor | None:
-            return torch.empty_like(z, dtype=torch.uint8) if record else None
 
-        grid, size = _grid(z), z.shape[2:]
-        t = torch.empty_like(z, dtype=torch.float32)
-        along, self.extremes = torch.empty_like(t), codes()
-        self.along, self.down = codes(), codes()
-        self.edge = torch.empty_like(z, dtype=dtype)
-        _thin[grid](z, t, self.extremes, *size, THIN=thin, LOGISTIC=logistic, **_TILE)
-        _pool[grid](t, along, self.along, *size, k, ALONG=True, **_TILE)
-        _pool[grid](along, self.edge, self.down, *size, k, ALONG=False, **_TILE)
+def _pooled(t: Tensor, k: int, down: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The maxima of k along the rows of t, or down its columns."""
+    out = torch.empty_like(t, dtype=dtype)
+    grid, sizes = _lines(t, k, down, k - 1)
+    _pool[grid](t, out, *sizes, **_LINE_TILE)
+    return out
 
-    def back(self, grad: Tensor, weights: Tensor | None, k: int) -> Tensor:
-        """The gradient of t from that of the boundary."""
-        grid, size = _grid(grad), grad.shape[2:]
-        columns = torch.empty_like(grad, dtype=torch.float32)
-        thin = torch.empty_like(columns)
-        _route[grid](grad, weights, self.down, columns, *size, k, ALONG=False, **_TILE)
-        _route[grid](columns, None, self.along, thin, *size, k, ALONG=True, **_TILE)
-        return thin
+
+def _routed(grad: Tensor, weights: Tensor | None, t: Tensor, k: int) -> Tensor:
+    """The gradient of t from that of the boundary."""
+    along = _pooled(t, k, down=False)
+    grid, sizes = _lines(t, k, True, 2 * (k - 1))
+    of_along = torch.empty_like(t)
+    _route[grid](grad, weights, along, of_along, *sizes, **_LINE_TILE)
+    grid, sizes = _lines(t, k, False, 2 * (k - 1))
+    of_thin = along  # which is not needed any more
+    _route[grid](of_along, None, t, of_thin, *sizes, **_LINE_TILE)
+    return of_thin
+
+
+def _thick(z: Tensor, k: int, thin: int, logistic: bool, dtype: torch.dtype) -> Tensor:
+    """The boundary."""
+    t, _ = _thinned(z, thin, logistic)
+    return _pooled(_pooled(t, k, down=False), k, down=True, dtype=dtype)
 
 
 def boundary(z: Tensor, k: int, thin: int) -> Tensor:
@@ -246,7 +306,7 @@ def boundary(z: Tensor, k: int, thin: int) -> Tensor:
     z = _maps("boundary", "z", z, k, thin)
     if z.numel() == 0:
         return torch.empty_like(z)
-    return _Trace(z, k, thin, logistic=False, record=False, dtype=z.dtype).edge
+    return _thick(z, k, thin, logistic=False, dtype=z.dtype)
 
 
 def boundary_backward(grad: Tensor, z: Tensor, k: int, thin: int) -> Tensor:
@@ -257,10 +317,10 @@ def boundary_backward(grad: Tensor, z: Tensor, k: int, thin: int) -> Tensor:
     check(grad.dtype == z.dtype, op, f"grad is {grad.dtype}, z is {z.dtype}")
     out = torch.empty_like(z)
     if z.numel():
-        trace = _Trace(z, k, thin, logistic=False, record=True, dtype=torch.float32)
-        of_thin = trace.back(grad, None, k)
+        t, extremes = _thinned(z, thin, logistic=False, record=True)
+        of_thin = _routed(grad, None, t, k)
         _route_thin[_grid(z)](
-            of_thin, trace.extremes, None, None, None, out, *z.shape[2:], THIN=thin, **_TILE
+            of_thin, extremes, None, None, None, out, *z.shape[2:], THIN=thin, **_TILE
         )
     return out
 
@@ -272,7 +332,7 @@ def structure_polishing_sums(logits: Tensor, truth: Tensor, k: int) -> Tensor:
     sums = logits.new_empty((images, 2, 3))
     if images:
         edges = [
-            _Trace(z, k, 1, logistic=logistic, record=False, dtype=torch.float32).edge
+            _thick(z, k, 1, logistic=logistic, dtype=torch.float32)
             for z, logistic in ((logits, True), (truth, False))
         ]
         parts = count_parts(images, triton.cdiv(area(logits), _BLOCK))
@@ -294,10 +354,10 @@ def structure_polishing_sums_backward(
     check(grad.dtype == logits.dtype, op, f"grad is {grad.dtype}, logits {logits.dtype}")
     out = torch.empty_like(logits)
     if logits.numel():
-        trace = _Trace(logits, k, 1, logistic=True, record=True, dtype=torch.float32)
-        edge = _Trace(truth, k, 1, logistic=False, record=False, dtype=torch.float32).edge
-        of_thin = trace.back(edge, grad, k)
+        t, extremes = _thinned(logits, 1, logistic=True, record=True)
+        edge = _thick(truth, k, 1, logistic=False, dtype=torch.float32)
+        of_thin = _routed(edge, grad, t, k)
         _route_thin[_grid(logits)](
-            of_thin, trace.extremes, logits, truth, grad, out, *logits.shape[2:], THIN=1, **_TILE
+            of_thin, extremes, logits, truth, grad, out, *logits.shape[2:], THIN=1, **_TILE
         )
     return out

@@ -6,6 +6,7 @@ import test_scfm
 import test_structure_polishing
 import torch
 from op_cases import Source, results
+from torch import Tensor
 from triton_kernels import HALVES, check_kernels, device_of, running
 
 import sodfast
@@ -51,19 +52,53 @@ def test_boundaries(triton: str, case: Boundary) -> None:
         check_kernels(triton, dtype, *runs, case.tensors(), case.grads(), case.terms())
 
 
-@pytest.mark.parametrize("thin", list(test_boundary.THIN))
-def test_ties_of_boundaries_go_where_max_pool2d_sends_them(triton: str, thin: str) -> None:
-    """With few levels most maxima are tied; whole numbers make every sum exact."""
-    case, draw = Boundary((1, 1, 34, 66), 5, thin), torch.Generator().manual_seed(1)
-    z = torch.randint(3, case.size, generator=draw) / 16
-    g = torch.randint(-8, 9, case.size, generator=draw).float()
+def draw(case: Boundary, levels: int, nans: int = 0) -> Tensor:
+    """A map of so few levels that most maxima are tied."""
+    generator = torch.Generator().manual_seed(case.seed)
+    z = torch.randint(levels, case.size, generator=generator) / 16
+    z.view(-1)[torch.randint(z.numel(), (nans,), generator=generator)] = torch.nan
+    return z
+
+
+def check_exactly(triton: str, case: Boundary, z: Tensor) -> None:
+    """Whole numbers make every sum exact."""
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    g = torch.randint(-8, 9, case.size, generator=generator).float()
     with sodfast.use_backend("reference"):
         exact = results(case.run(ops.boundary_reference), {"z": [z]}, [g])
     device = device_of(triton)
     with running(triton):
         found = results(case.run(ops.boundary), {"z": [z.to(device)]}, [g.to(device)])
     for name in ("ys", "z"):
-        assert torch.equal(found[name][0].cpu(), exact[name][0]), name
+        torch.testing.assert_close(
+            found[name][0].cpu(), exact[name][0], rtol=0, atol=0, equal_nan=True,
+            msg=lambda message, name=name: f"{case}: {name}: {message}",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("thin", list(test_boundary.THIN))
+def test_ties_of_boundaries_go_where_max_pool2d_sends_them(triton: str, thin: str) -> None:
+    case = Boundary((1, 1, 34, 66), 5, thin)
+    check_exactly(triton, case, draw(case, 3))
+
+
+@pytest.mark.parametrize("k", range(1, 32, 2))
+def test_windows_of_every_size(triton: str, k: int) -> None:
+    """Flat maps and ties, and a NaN; from 15 on some windows are larger than the map."""
+    thin = list(test_boundary.THIN)[k // 2 % 3]
+    for size, levels, nans in (((1, 1, 15, 29), 1 + k // 2 % 2, 0), ((1, 1, 5, 19), 9, 1)):
+        case = Boundary(size, k, thin, seed=k)
+        check_exactly(triton, case, draw(case, levels, nans))
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("k", [3, 31])
+def test_windows_over_several_tiles(triton: str, k: int, columns: bool) -> None:
+    """The steeper the map, the larger t: a window that saw a position too many would choose it."""
+    falling = torch.arange(139.0, 0, -1).square().expand(1, 1, 1, 139)
+    for z in (falling, falling.flip(3)):
+        z = z.mT if columns else z
+        check_exactly(triton, Boundary(tuple(z.shape), k), z)
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
@@ -84,6 +119,7 @@ POLISHINGS = [
     Polishing((2, 1, 9, 13), 3, layout="every second column"),
     Polishing((1, 1, 37, 67), 7),
     Polishing((1, 1, 6, 5), 1),
+    Polishing((1, 1, 3, 75), 31),
     Polishing((0, 1, 4, 4), 3),
 ]
 
