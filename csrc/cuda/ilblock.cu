@@ -15,7 +15,7 @@ namespace sodfast::cuda {
 namespace {
 
 template <class T, int k, bool tensor_cores>
-__global__ void __launch_bounds__(group_threads* most_groups, k == 1 ? most_resident : 2)
+__global__ void __launch_bounds__(group_threads* most_groups, tensor_cores ? most_resident : 2)
     ilblock_tile(const __grid_constant__ Arguments<T> a) {
   using Work = Tile<T, k, tensor_cores>;
   __shared__ typename Work::Shared shared;

@@ -24,8 +24,9 @@ constexpr int outs_per_thread = 8, most_groups = 2, most_outs = outs_per_thread 
 constexpr int warp_tiles = window_rows * window_cols / 8 / (row_groups * most_groups);  // of 16 channels and 8 pixels
 constexpr int coarse_pixels = (window_rows / 2 + 2) * (window_cols / 2 + 2);            // of a source of half the size
 constexpr int coarse_per_thread = divide_up(coarse_pixels, group_threads);
+static_assert(tile_rows % 2 == 0 && rows_per_thread % 2 == 0, "a thread's first row is an even one");
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr int most_resident = 3;  // blocks on an SM at k = 1: as many as there are registers for without spills
+constexpr int most_resident = 3;  // blocks on an SM with tensor cores: as many as have registers without spills
 #else
 constexpr int most_resident = 2;
 #endif
@@ -93,55 +94,76 @@ struct Tile {
                      static_cast<int>(a.from.rows(i)), static_cast<int>(a.from.cols(i)), y, x);
   }
 
-  // k = 1, without a stride: each thread brings its own rows of every groups-th channel, `ahead` rows asked for at
-  // once; `read` gets a plane and a row that lies inside, zero is outside.
-  template <int ahead, class Read>
+  // Tensor cores take eight channels at once: what is missing of these is zero.
+  static __device__ __forceinline__ int filled(int count) { return tensor_cores ? divide_up(count, 8) * 8 : count; }
+
+  // k = 1, without a stride: each thread brings the rows of its column of every groups-th channel; read(plane, values)
+  // fills what lies inside the map, zero is outside.
+  template <class Read>
   __device__ __forceinline__ void bring(int i, int64_t c0, int count, const Read& read) {
-    const int x = x0 - 2 + lane;
-    const bool inside = x >= 0 && x < cols();
-    const T* from = planes(i, c0 + group);
+    const T* plane = planes(i, c0 + group);
     const int64_t step = a.groups * area(i);
 #pragma unroll 1
-    for (int c = group; c < (tensor_cores ? divide_up(count, 8) * 8 : count); c += a.groups, from += step) {
-#pragma unroll 1
-      for (int r = row0; r < row0 + rows_per_thread; r += ahead) {
-        A values[ahead];
+    for (int c = group; c < filled(count); c += a.groups, plane += step) {
+      A values[rows_per_thread] = {};
+      if (c < count) read(plane, values);
 #pragma unroll
-        for (int j = 0; j < ahead; ++j) {
-          const int y = y0 - 2 + r + j;
-          values[j] = inside && c < count && y >= 0 && y < rows() ? read(from, y, x) : A(0);
-        }
-#pragma unroll
-        for (int j = 0; j < ahead; ++j) shared.in.values[c][(r + j) * staged_cols + lane] = values[j];
-      }
+      for (int j = 0; j < rows_per_thread; ++j) shared.in.values[c][(row0 + j) * staged_cols + lane] = values[j];
     }
   }
   __device__ __forceinline__ void stage_rows(int i, int64_t c0, int count) {
     const int from_rows = static_cast<int>(a.from.rows(i)), from_cols = static_cast<int>(a.from.cols(i));
-    if (i == s)
-      return bring<6>(i, c0, count, [&](const T* plane, int y, int x) {
-        return A(widen(plane[static_cast<int64_t>(y) * from_cols + x]));
+    const int y = y0 - 2 + row0, x = x0 - 2 + lane;
+    unsigned here = 0;  // bit j: row y + j lies inside
+#pragma unroll
+    for (int j = 0; j < rows_per_thread; ++j)
+      if (x >= 0 && x < cols() && y + j >= 0 && y + j < rows()) here |= 1u << j;
+    const int64_t first = static_cast<int64_t>(y) * from_cols + x;
+    if (i == s) {
+      bring(i, c0, count, [&](const T* plane, A(&values)[rows_per_thread]) {
+        int64_t at = first;
+#pragma unroll
+        for (int j = 0; j < rows_per_thread; ++j, at += from_cols)
+          if (here >> j & 1) values[j] = widen(plane[at]);
       });
-    if (i == s - 1 && a.pairs[i])
-      return bring<3>(i, c0, count, [&](const T* plane, int y, int x) {
-        const auto* p = reinterpret_cast<const Pack<T, 2>*>(plane + static_cast<int64_t>(2 * y) * from_cols + 2 * x);
-        const Pack<T, 2> upper = p[0], lower = p[from_cols / 2];
-        return larger(larger(A(widen(upper.v[0])), A(widen(upper.v[1]))),
-                      larger(A(widen(lower.v[0])), A(widen(lower.v[1]))));
+    } else if (i == s - 1 && a.pairs[i]) {
+      bring(i, c0, count, [&](const T* plane, A(&values)[rows_per_thread]) {
+        const auto* pairs = reinterpret_cast<const Pack<T, 2>*>(plane);
+        int64_t at = first;  // a fine row has as many pairs as a coarse one values, and there are two
+#pragma unroll
+        for (int j = 0; j < rows_per_thread; ++j, at += from_cols)
+          if (here >> j & 1) {
+            const Pack<T, 2> upper = pairs[at], lower = pairs[at + from_cols / 2];
+            values[j] = larger(larger(A(widen(upper.v[0])), A(widen(upper.v[1]))),
+                               larger(A(widen(lower.v[0])), A(widen(lower.v[1]))));
+          }
       });
-    if (i > s) {
-      const Bilinear<A> h(least(x0 - 2 + lane, cols() - 1), 1 << (i - s), from_cols);
-      return bring<2>(i, c0, count, [&](const T* plane, int y, int) {
-        const Bilinear<A> v(y, 1 << (i - s), from_rows);
-        const T *upper = plane + static_cast<int64_t>(v.first) * from_cols,
-                *lower = plane + static_cast<int64_t>(v.second) * from_cols;
-        return mix(v, mix(h, A(widen(upper[h.first])), A(widen(upper[h.second]))),
-                   mix(h, A(widen(lower[h.first])), A(widen(lower[h.second]))));
+    } else if (i == s + 1) {  // y is even; beyond its border the map goes on as it ends
+      const Bilinear<A> h(x, 2, from_cols);
+      const int top = y / 2 - 1;
+      bring(i, c0, count, [&](const T* plane, A(&values)[rows_per_thread]) {
+        if (here == 0) return;
+        A lines[rows_per_thread / 2 + 2];
+        const T* p = plane + static_cast<int64_t>(top > 0 ? top : 0) * from_cols;
+#pragma unroll
+        for (int r = 0; r < rows_per_thread / 2 + 2; ++r) {
+          lines[r] = mix(h, A(widen(p[h.first])), A(widen(p[h.second])));
+          if (top + r >= 0 && top + r < from_rows - 1) p += from_cols;
+        }
+#pragma unroll
+        for (int j = 0; j < rows_per_thread; ++j)
+          if (here >> j & 1) values[j] = A(0.75) * lines[j / 2 + 1] + A(0.25) * lines[j / 2 + j % 2 * 2];
       });
+    } else {
+#pragma unroll 1
+      for (int c = group; c < filled(count); c += a.groups)
+#pragma unroll 1
+        for (int j = 0; j < rows_per_thread; ++j) {
+          const Plane<T> plane{planes(i, c0 + c), from_cols, false};
+          shared.in.values[c][(row0 + j) * staged_cols + lane] =
+              c < count && here >> j & 1 ? seen_from(s, plane, i, from_rows, from_cols, y + j, x) : A(0);
+        }
     }
-    return bring<1>(i, c0, count, [&](const T* plane, int y, int x) {
-      return Plane<T>{plane, from_cols, false}.pooled(y, x, 1 << (s - i));
-    });
   }
 
   // k = 3: `count` channels of source i from c0 on, as scale `at` sees them, n_rows x n_cols pixels from (top, left)
@@ -236,14 +258,14 @@ struct Tile {
   __device__ __forceinline__ void add(int i) {
     for (int64_t c = 0; c < a.from.channels[i]; c += chunk) {
       const int count = static_cast<int>(least<int64_t>(chunk, a.from.channels[i] - c));
-      recompute(lane);
+      recompute(lane), recompute(row0);
       stage_weights(i, c, count);
       if (k == 1)
         stage_rows(i, c, count);
       else
         stage(i, c, count, s, y0 - 2 - halo, x0 - 2 - halo, staged_rows, staged_cols);
       __syncthreads();
-      recompute(lane);
+      recompute(lane), recompute(row0);
       if constexpr (tensor_cores)
         multiply_tiles(count);
       else if (active())
