@@ -1,11 +1,18 @@
 // Rows of a plane as a thread of a 3x3 convolution reads them: four pixels and a neighbour on either side.
 #pragma once
 
-#include "cuda/numbers.h"
+#include "cuda/reduce.h"
 
 namespace sodfast::cuda {
 
 constexpr int lane_pixels = 4;
+
+// A pack as it travels: left to itself the compiler puts one of half precision together number by number, where it may
+// be zero.
+template <int n>
+struct __attribute__((__may_alias__, __aligned__(4 * n))) Words {
+  uint32_t v[n];
+};
 
 // Reads row y, columns x - 1 to x + 4, of a plane; zero outside.
 template <class T, class A>
@@ -28,29 +35,37 @@ __device__ __forceinline__ void read_row(const T* plane, int y, int x, int rows,
   v[5] = x + 4 < cols ? widen(p[4]) : A(0);
 }
 
-// Reads rows y to y + n - 1 at once, columns x - 1 to x + 4; outside the plane the nearest pixel, so that no branch
-// keeps one load waiting for another, and as they are stored, for the same reason.
-template <int n, class T>
-__device__ __forceinline__ void read_rows(const T* plane, int y, int x, int rows, int cols, bool aligned,
-                                          T (&v)[n][6]) {
-  const auto inside = [](int i, int size) { return least(i > 0 ? i : 0, size - 1); };
-  const T* row[n];
+// Rows y to y + n - 1 of pixels x to x + 3 as they are stored, all asked for at once; zero outside the plane.
+template <bool aligned, int n, class T>
+__device__ __forceinline__ void read_quads(const T* plane, int y, int x, int rows, int cols,
+                                           Pack<T, lane_pixels> (&v)[n]) {
+  int64_t at = static_cast<int64_t>(y) * cols + x;
 #pragma unroll
-  for (int r = 0; r < n; ++r) {
-    row[r] = plane + static_cast<int64_t>(inside(y + r, rows)) * cols;
-    v[r][0] = row[r][inside(x - 1, cols)], v[r][5] = row[r][inside(x + 4, cols)];
-  }
-#pragma unroll
-  for (int r = 0; r < n; ++r) {
+  for (int r = 0; r < n; ++r, at += cols) {
+    const bool inside = static_cast<unsigned>(y + r) < static_cast<unsigned>(rows);
     if (aligned) {
-      const Pack<T, lane_pixels> middle = *reinterpret_cast<const Pack<T, lane_pixels>*>(row[r] + x);
-#pragma unroll
-      for (int i = 0; i < lane_pixels; ++i) v[r][1 + i] = middle.v[i];
+      Words<sizeof(T)> words{};
+      if (inside) words = *reinterpret_cast<const Words<sizeof(T)>*>(plane + at);
+      memcpy(&v[r], &words, sizeof words);
     } else {
+      v[r] = {};
 #pragma unroll
-      for (int i = 0; i < lane_pixels; ++i) v[r][1 + i] = row[r][inside(x + i, cols)];
+      for (int i = 0; i < lane_pixels; ++i)
+        if (inside && x + i < cols) v[r].v[i] = plane[at + i];
     }
   }
+}
+
+// A row's four pixels from x on and a neighbour on either side, which the lanes beside have; zero outside the plane.
+// All lanes of the warp call.
+template <class A>
+__device__ __forceinline__ void with_neighbours(const A (&four)[lane_pixels], int x, int cols, A (&v)[6]) {
+  const unsigned lane = threadIdx.x % 32;
+  const A left = __shfl_sync(whole_warp, four[lane_pixels - 1], (lane + 31) % 32),
+          right = __shfl_sync(whole_warp, four[0], (lane + 1) % 32);
+  v[0] = x > 0 ? left : A(0), v[5] = x + lane_pixels < cols ? right : A(0);
+#pragma unroll
+  for (int i = 0; i < lane_pixels; ++i) v[1 + i] = four[i];
 }
 
 }  // namespace sodfast::cuda

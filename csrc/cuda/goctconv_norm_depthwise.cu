@@ -3,9 +3,11 @@
 //   y = prelu(z),  z = x̂ · γ + β,  x̂ = (x - mean) / √(var + ε),      out[p] = Σ_t w[t] · y[p + t],  zero outside
 //
 // y, which a norm of its own would write and a convolution read again (and keep for its backward), is never in memory.
-// As in goctconv_norm_act.cu a plane belongs to a warp or a block; a thread takes 4 x 4 pixels of it at a time, as in
-// goctconv_depthwise.cu. On the way it sums y, whose means dynamic weight decay needs, and the moments of what it
-// writes, which spare the next norm its own pass over them: with moments given one launch, else one before for x's.
+// As in goctconv_norm_act.cu a plane belongs to a warp or a block. A warp takes 30 items of 4 x 4 pixels at a time,
+// next to each other: a lane reads its item's rows and the two around it, all at once, and normalises them; what lies
+// to the left and to the right the lanes beside hand over, of which the outermost two do nothing else. On the way it
+// sums y, whose means dynamic weight decay needs, and the moments of what it writes, which spare the next norm its own
+// pass over them: with moments given one launch, else one before for x's.
 //
 // The backward reads x and the gradient g twice. What reaches y is the convolution turned around, made again each time:
 //
@@ -15,8 +17,8 @@
 // First the sums over the planes (of gz, gz·x̂, the slope's gradient, gw), then gx from their totals.
 //
 // Bytes per value in float32: forward 8 (12 with x's moments to be made) against 20 for the two ops; backward 20
-// against 36. Some 50 FLOPs per value forward, 90 backward: memory bounds both in float32, where the aim is the
-// bandwidth. Forward a warp issues about 1000 instructions for its 512 values: in half precision these come first.
+// against 36. Some 50 FLOPs per value forward, 90 backward. Memory bounds both in float32, where the aim is the
+// bandwidth; in half precision the 36 instructions per value forward and 78 backward do.
 #include "cuda/depthwise_rows.h"
 #include "cuda/planes.h"
 
@@ -25,7 +27,8 @@ namespace {
 
 constexpr int strip = 4, backward_sums = 12;
 
-// A plane in items of 4 x 4 pixels.
+// A plane in items of 4 x 4 pixels, one strip of four rows after the other: an item's neighbours in a row are those
+// before and after it.
 struct Items {
   int rows, cols, across, count;
   __device__ __forceinline__ Items(const Team& team, const Pyramid& maps)
@@ -33,24 +36,89 @@ struct Items {
         cols(static_cast<int>(maps.cols(team.s))),
         across(divide_up(cols, lane_pixels)),
         count(team.active && team.area > 0 ? across * divide_up(rows, strip) : 0) {}
-  __device__ __forceinline__ void place(int item, int& y, int& x) const {
-    const int row = item / across;
-    y = row * strip, x = (item - row * across) * lane_pixels;
+
+  // Calls f(y, x, own) for every item of this thread's and, with own false, for those beside its warp's, or any others
+  // where there are none: they are beside the map's border, beyond which nobody looks. All lanes of a warp call f
+  // together.
+  template <class F>
+  __device__ __forceinline__ void for_each(const Team& team, const F& f) const {
+    constexpr int own_lanes = 30;
+    const int lane = team.lane % 32, step = team.size / 32 * own_lanes;
+    for (int first = team.lane / 32 * own_lanes; first < count; first += step) {
+      const int item = first + lane - 1, nearest = item < 0 ? 0 : least(item, count - 1);
+      const int row = nearest / across, col = nearest - row * across;
+      f(row * strip, col * lane_pixels, item == nearest && lane > 0 && lane <= own_lanes);
+    }
   }
 };
 
-template <class T, class A>
-__device__ __forceinline__ void write_row(T* out, int x, int cols, bool aligned, const A (&v)[lane_pixels]) {
-  Pack<T, lane_pixels> result;
-#pragma unroll
-  for (int i = 0; i < lane_pixels; ++i) narrow(v[i], result.v[i]);
+template <bool aligned, class T>
+__device__ __forceinline__ void write_quad(T* out, int x, int cols, const Pack<T, lane_pixels>& v) {
   if (aligned) {
-    *reinterpret_cast<Pack<T, lane_pixels>*>(out) = result;
+    *reinterpret_cast<Pack<T, lane_pixels>*>(out) = v;
   } else {
 #pragma unroll
     for (int i = 0; i < lane_pixels; ++i)
-      if (x + i < cols) out[i] = result.v[i];
+      if (x + i < cols) out[i] = v.v[i];
   }
+}
+
+// The items of one plane: adds its values to `total` and `sums`.
+template <bool aligned, class T, class A>
+__device__ __forceinline__ void convolve_plane(const PlaneArguments<T>& a, const Team& team, const NormAct<A>& norm,
+                                               double& total, ThreadMoments<A>& sums) {
+  const Items items(team, a.maps);
+  const int rows = items.rows, cols = items.cols;
+  A w[9];
+#pragma unroll
+  for (int t = 0; t < 9; ++t) w[t] = team.active ? get<A>(a.kernel, team.channel * 9 + t) : A(0);
+  const T* in = a.xs[team.s] + team.plane * team.area;
+  T* out = a.ys[team.s] + team.plane * team.area;
+  items.for_each(team, [&](int y, int x, bool own) {
+    Pack<T, lane_pixels> stored[strip + 2];
+    read_quads<aligned>(in, y - 1, x, rows, cols, stored);
+    A sum[strip][lane_pixels] = {}, part = 0;
+#pragma unroll
+    for (int r = -1; r <= strip; ++r) {
+      A four[lane_pixels], v[6];
+      widen(stored[r + 1], four);
+      // Outside there are zeros, which a norm of zeros leaves alone.
+      const NormAct<A> of_row = r == 0 || (y + r >= 0 && y + r < rows) ? norm : norm.of_zeros();
+#pragma unroll
+      for (int i = 0; i < lane_pixels; ++i) {
+        four[i] = of_row(four[i]);
+        if (!aligned) four[i] = x + i < cols ? four[i] : A(0);
+        if (r >= 0 && r < strip) part += four[i];
+      }
+      with_neighbours(four, x, cols, v);
+#pragma unroll
+      for (int dy = 0; dy < 3; ++dy) {  // row r is tap dy of the output row r + 1 - dy
+        const int o = r + 1 - dy;
+        if (o < 0 || o >= strip) continue;
+#pragma unroll
+        for (int i = 0; i < lane_pixels; ++i)
+#pragma unroll
+          for (int dx = 0; dx < 3; ++dx) sum[o][i] += w[dy * 3 + dx] * v[i + dx];
+      }
+    }
+    if (!own) return;
+    total += part;
+    const int n = aligned ? lane_pixels : least(lane_pixels, cols - x);
+#pragma unroll
+    for (int r = 0; r < strip; ++r) {
+      if (y + r >= rows) break;
+      Pack<T, lane_pixels> result;
+      narrow(sum[r], result);
+      write_quad<aligned>(out + static_cast<int64_t>(y + r) * cols + x, x, cols, result);
+      A read[lane_pixels];  // the moments are of what the next norm will read
+      widen(result, read);
+      if (!aligned)
+#pragma unroll
+        for (int i = 0; i < lane_pixels; ++i) read[i] = i < n ? read[i] : A(0);
+      if (a.moments != nullptr) sums.add(read, n, [&](int i) { return aligned || i < n; });
+    }
+    sums.flush();
+  });
 }
 
 template <class T>
@@ -59,58 +127,13 @@ __global__ void __launch_bounds__(threads, 2) convolve(const __grid_constant__ P
   __shared__ double shared[warps];
   __shared__ Moments shared_moments[warps];
   const Team team(a);
-  const Items items(team, a.maps);
-  const int rows = items.rows, cols = items.cols;
-  const bool aligned = a.aligned[team.s];
   const NormAct<A> norm(a, team);
-  A w[9];
-#pragma unroll
-  for (int t = 0; t < 9; ++t) w[t] = team.active ? get<A>(a.kernel, team.channel * 9 + t) : A(0);
-  const T* in = a.xs[team.s] + team.plane * team.area;
-  T* out = a.ys[team.s] + team.plane * team.area;
   double total[1] = {};
   ThreadMoments<A> sums;
-  for (int item = team.lane; item < items.count; item += team.size) {
-    int y, x;
-    items.place(item, y, x);
-    T stored[strip + 2][6];
-    read_rows(in, y - 1, x, rows, cols, aligned, stored);
-    A sum[strip * lane_pixels] = {}, part = 0;
-#pragma unroll
-    for (int r = -1; r <= strip; ++r) {
-      if (y + r < 0 || y + r >= rows) continue;
-      A v[6];
-#pragma unroll
-      for (int i = 0; i < 6; ++i) {
-        v[i] = x + i >= 1 && x + i <= cols ? norm(widen(stored[r + 1][i])) : A(0);
-        if (r >= 0 && r < strip && i >= 1 && i <= lane_pixels) part += v[i];
-      }
-#pragma unroll
-      for (int dy = 0; dy < 3; ++dy) {  // row r is tap dy of the output row r + 1 - dy
-        const int o = r + 1 - dy;
-        if (o < 0 || o >= strip) continue;
-#pragma unroll
-        for (int i = 0; i < lane_pixels; ++i)
-#pragma unroll
-          for (int dx = 0; dx < 3; ++dx) sum[o * lane_pixels + i] += w[dy * 3 + dx] * v[i + dx];
-      }
-    }
-    total[0] += part;
-    const auto present = [&](int j) { return y + j / lane_pixels < rows && x + j % lane_pixels < cols; };
-#pragma unroll
-    for (int r = 0; r < strip; ++r) {
-      A line[lane_pixels];
-#pragma unroll
-      for (int i = 0; i < lane_pixels; ++i) {
-        A& value = sum[r * lane_pixels + i];
-        T stored;  // the moments are of what the next norm will read
-        narrow(present(r * lane_pixels + i) ? value : A(0), stored);
-        line[i] = value = widen(stored);
-      }
-      if (y + r < rows) write_row(out + static_cast<int64_t>(y + r) * cols + x, x, cols, aligned, line);
-    }
-    if (a.moments != nullptr) sums.add(sum, least(strip, rows - y) * least(lane_pixels, cols - x), present);
-  }
+  if (a.aligned[team.s])
+    convolve_plane<true>(a, team, norm, total[0], sums);
+  else
+    convolve_plane<false>(a, team, norm, total[0], sums);
   team.add_up(total, shared);
   if (team.active && team.lane == 0 && team.area > 0)
     put(a.channel_means, team.b * a.maps.total() + team.channel, total[0] / static_cast<double>(team.area));
@@ -119,47 +142,55 @@ __global__ void __launch_bounds__(threads, 2) convolve(const __grid_constant__ P
 
 // Calls f(x, g) for every pixel of the thread's items, g[t] being the gradient that tap t of the kernel read the pixel
 // for; writes what f returns where `writes`. done() follows every item.
-template <bool writes, class T, class F, class Done>
+template <bool writes, bool aligned, class T, class F, class Done>
 __device__ __forceinline__ void for_each_pixel(const PlaneArguments<T>& a, const Team& team, const F& f,
                                                const Done& done) {
   using A = typename Sum<T>::type;
   const Items items(team, a.maps);
   const int rows = items.rows, cols = items.cols;
-  const bool aligned = a.aligned[team.s];
   const int64_t offset = team.plane * team.area;
   const T *in = a.xs[team.s] + offset, *gradient = a.gys[team.s] + offset;
-  for (int item = team.lane; item < items.count; item += team.size) {
-    int y, x;
-    items.place(item, y, x);
-    T stored[strip + 2][6], values[strip][6];
-    read_rows(gradient, y - 1, x, rows, cols, aligned, stored);
-    read_rows(in, y, x, rows, cols, aligned, values);
+  items.for_each(team, [&](int y, int x, bool own) {
+    Pack<T, lane_pixels> gradients[strip + 2], values[strip];
+    read_quads<aligned>(gradient, y - 1, x, rows, cols, gradients);
+    read_quads<aligned>(in, y, x, rows, cols, values);
+    A lines[strip + 2][6];
 #pragma unroll
-    for (int r = 0; r < strip + 2; ++r)
-#pragma unroll
-      for (int i = 0; i < 6; ++i)  // the gradient is zero outside
-        if (y + r < 1 || y + r > rows || x + i < 1 || x + i > cols) stored[r][i] = T{};
+    for (int r = 0; r < strip + 2; ++r) {
+      A four[lane_pixels];
+      widen(gradients[r], four);
+      with_neighbours(four, x, cols, lines[r]);
+    }
+    if (!own) return;
 #pragma unroll
     for (int r = 0; r < strip; ++r) {
-      if (y + r >= rows) continue;
-      const int64_t start = static_cast<int64_t>(y + r) * cols + x;
-      A results[lane_pixels] = {};
+      if (y + r >= rows) break;
+      A of_row[lane_pixels], results[lane_pixels] = {};
+      widen(values[r], of_row);
 #pragma unroll
       for (int i = 0; i < lane_pixels; ++i) {
         A g[9];
 #pragma unroll
-        for (int t = 0; t < 9; ++t) g[t] = widen(stored[r + 2 - t / 3][i + 2 - t % 3]);
-        if (x + i < cols) results[i] = f(A(widen(values[r][i + 1])), g);
+        for (int t = 0; t < 9; ++t) g[t] = lines[r + 2 - t / 3][i + 2 - t % 3];
+        if (aligned || x + i < cols) results[i] = f(of_row[i], g);
       }
-      if (writes) write_row(a.ys[team.s] + offset + start, x, cols, aligned, results);
+      if (writes) {
+        Pack<T, lane_pixels> result;
+        narrow(results, result);
+        write_quad<aligned>(a.ys[team.s] + offset + static_cast<int64_t>(y + r) * cols + x, x, cols, result);
+      }
     }
     done();
-  }
+  });
+}
+template <bool writes, class T, class F, class Done>
+__device__ __forceinline__ void for_each_pixel(const PlaneArguments<T>& a, const Team& team, const F& f,
+                                               const Done& done) {
+  a.aligned[team.s] ? for_each_pixel<writes, true>(a, team, f, done) : for_each_pixel<writes, false>(a, team, f, done);
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads, sizeof(T) == 4 ? 2 : 1)
-    sum_backward(const __grid_constant__ PlaneArguments<T> a) {
+__global__ void __launch_bounds__(threads, 2) sum_backward(const __grid_constant__ PlaneArguments<T> a) {
   using A = typename Sum<T>::type;
   __shared__ double shared[warps * backward_sums];
   const Team team(a);

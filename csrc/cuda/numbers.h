@@ -1,6 +1,8 @@
 // Numbers as they are stored and as kernels compute with them: float16, bfloat16 and float32 in float32.
 #pragma once
 
+#include <cstring>
+
 #include "cuda/launch.h"
 #include "cuda/kernels.h"
 
@@ -34,6 +36,35 @@ template <class T, int n>
 struct alignas(sizeof(T) * n) Pack {
   T v[n];
 };
+
+// Four numbers at once. A bfloat16 is the upper half of a float32: one instruction each, where they come in pairs.
+template <class T, class A>
+__device__ __forceinline__ void widen(const Pack<T, 4>& pack, A (&v)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = widen(pack.v[i]);
+}
+__device__ __forceinline__ void widen(const Pack<__nv_bfloat16, 4>& pack, float (&v)[4]) {
+  uint32_t pairs[2], bits[4];
+  memcpy(pairs, &pack, sizeof pack);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) bits[2 * i] = pairs[i] << 16, bits[2 * i + 1] = pairs[i] & 0xffff0000u;
+  memcpy(v, bits, sizeof v);
+}
+template <class T, class A>
+__device__ __forceinline__ void narrow(const A (&v)[4], Pack<T, 4>& pack) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) narrow(v[i], pack.v[i]);
+}
+#ifdef __CUDA_ARCH__
+__device__ __forceinline__ void narrow(const float (&v)[4], Pack<__half, 4>& pack) {
+  const __half2 pairs[2] = {__floats2half2_rn(v[0], v[1]), __floats2half2_rn(v[2], v[3])};
+  memcpy(&pack, pairs, sizeof pack);
+}
+__device__ __forceinline__ void narrow(const float (&v)[4], Pack<__nv_bfloat16, 4>& pack) {
+  const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(v[0], v[1]), __floats2bfloat162_rn(v[2], v[3])};
+  memcpy(&pack, pairs, sizeof pack);
+}
+#endif
 
 // Calls f(T()) with the C++ type that `type` names, and returns what it returns.
 template <class F>

@@ -149,28 +149,32 @@ struct Moments {
   }
 };
 
-// What a thread finds, in sums about the mean of its first 16 values: squares keep their digits beside a large mean,
-// and nothing is divided on the way.
+// What a thread finds, in sums about the mean of its first values: squares keep their digits beside a large mean, and
+// nothing is divided on the way. In float64 from one flush() to the next, some 16 values.
 template <class A>
 struct ThreadMoments {
-  A pivot = 0;
+  A pivot = 0, some = 0, squares = 0;
+  int fresh = 0;
   double count = 0, sum = 0, square = 0;
-  // Of 16 values in registers, n of which are present and the others zero.
-  template <class Present>
-  __device__ __forceinline__ void add(const A (&v)[step], int n, const Present& present) {
-    if (count == 0) {
+  // Of m values in registers, n of which are present and the others zero.
+  template <int m, class Present>
+  __device__ __forceinline__ void add(const A (&v)[m], int n, const Present& present) {
+    if (count == 0 && fresh == 0) {
       A total = 0;
 #pragma unroll
-      for (int j = 0; j < step; ++j) total += v[j];
+      for (int j = 0; j < m; ++j) total += v[j];
       pivot = total / A(n);
     }
-    A some = 0, squares = 0;
 #pragma unroll
-    for (int j = 0; j < step; ++j) {
+    for (int j = 0; j < m; ++j) {
       const A d = present(j) ? v[j] - pivot : A(0);
       some += d, squares += d * d;
     }
-    count += n, sum += some, square += squares;
+    fresh += n;
+  }
+  __device__ __forceinline__ void flush() {
+    count += fresh, sum += some, square += squares;
+    some = squares = 0, fresh = 0;
   }
   __device__ __forceinline__ Moments moments() const {
     if (count == 0) return {};
@@ -196,6 +200,7 @@ __global__ void __launch_bounds__(threads, 3) measure(const __grid_constant__ Pl
 #pragma unroll
       for (int j = 0; j < step; ++j) v[j] = widen(stored[j]);
       sums.add(v, n, [&](int j) { return team.at(j, packed) < left; });
+      sums.flush();
     }
   }
   sums.moments().write(team, a.maps.batch, shared, a.partial);
@@ -235,6 +240,12 @@ struct NormAct {
     beta = get<A>(a.parameters.beta, team.channel), slope = get<A>(a.parameters.slope, team.channel);
   }
   __device__ __forceinline__ A operator()(A x) const { return prelu((x - mean) * scale + beta, slope); }
+  // The one that makes zeros of zeros.
+  __device__ __forceinline__ NormAct of_zeros() const {
+    NormAct none = *this;
+    none.mean = none.beta = 0;
+    return none;
+  }
 };
 
 // What the backward needs of its channel.

@@ -46,8 +46,8 @@ __device__ __forceinline__ Pack<typename Sum<T>::type, 4> halved_quad(const T* p
   return v;
 }
 
-// Pixels x to x + 3 of row y of a map that is a plane, rows x cols with aligned pairs, upsampled by two; x is a multiple
-// of four. Where they read is worked out once for all planes.
+// Pixels x to x + 3 of row y of a map that is a plane, rows x cols with aligned pairs, upsampled by two; x is a
+// multiple of four. Where they read is worked out once for all planes.
 template <class A>
 struct RaisedQuad {
   int64_t upper, lower;  // where the pair below the four begins, in the two rows that they are between
