@@ -7,13 +7,6 @@ namespace sodfast::cuda {
 
 constexpr int lane_pixels = 4;
 
-// A pack as it travels: left to itself the compiler puts one of half precision together number by number, where it may
-// be zero.
-template <int n>
-struct __attribute__((__may_alias__, __aligned__(4 * n))) Words {
-  uint32_t v[n];
-};
-
 // Reads row y, columns x - 1 to x + 4, of a plane; zero outside.
 template <class T, class A>
 __device__ __forceinline__ void read_row(const T* plane, int y, int x, int rows, int cols, bool aligned, A (&v)[6]) {
@@ -44,9 +37,9 @@ __device__ __forceinline__ void read_quads(const T* plane, int y, int x, int row
   for (int r = 0; r < n; ++r, at += cols) {
     const bool inside = static_cast<unsigned>(y + r) < static_cast<unsigned>(rows);
     if (aligned) {
-      Words<sizeof(T)> words{};
-      if (inside) words = *reinterpret_cast<const Words<sizeof(T)>*>(plane + at);
-      memcpy(&v[r], &words, sizeof words);
+      Words<T, lane_pixels> words{};
+      if (inside) words = words_at<lane_pixels>(plane + at);
+      v[r] = pack_of(words);
     } else {
       v[r] = {};
 #pragma unroll

@@ -136,8 +136,9 @@ struct Problem {
     } else if (as_stored) {
       copy_lines(planes, x.plane, x.count, x.cols, at, x.packed, lines);
     } else if (x.factor == 2 && !averaged && x.packed) {
+      const HalvedQuad<T> halved(x.cols, at.y, at.x, p.cols);
       fill_lines<2>(x.count, lines, [&](int line) {
-        return at.count > 0 ? halved_quad(planes + line * x.plane, x.cols, at.y, at.x, p.cols) : Pack<A, 4>{};
+        return at.count > 0 ? halved.finish(halved.load(planes + line * x.plane)) : Pack<A, 4>{};
       });
     } else {
       fill_lines<1>(x.count, lines, [&](int line) {

@@ -85,88 +85,92 @@ struct Inputs {
                      x);
   }
 
-  // This thread's four pixels of one plane. `plain`: at its own size.
-  __device__ __forceinline__ Quad plain(const T* plane) const {
-    Quad quad{};
-    if (row() < rows() && col() < cols()) {
-      const auto read = *reinterpret_cast<const Pack<T, 4>*>(plane + static_cast<int64_t>(row()) * cols() + col());
-#pragma unroll
-      for (int p = 0; p < 4; ++p) quad.v[p] = widen(read.v[p]);
-    }
-    return quad;
-  }
-  // … pooled, or lowered, by two.
-  __device__ __forceinline__ Quad from_finer(const T* plane, int fine_cols) const {
-    if (row() >= rows() || col() >= cols()) return {};
-    return backward ? lowered_quad(plane, rows(), cols(), row(), col())
-                    : halved_quad(plane, fine_cols, row(), col(), cols());
-  }
-
   // ------------------------------------------------------------------------------------- into shared memory
   // The planes that are read of `count` channels: tensor cores take eight taps at once, of which the missing are zero.
   static __device__ __forceinline__ int filled(int count) {
     return tensor_cores ? divide_up(divide_up(count * k2, 8) * 8, k2) : count;
   }
-  // k = 1: each thread brings its own pixels of every groups-th channel, `ahead` of them asked for at once; E: of which
-  // type, a quad or one value.
-  template <class E, int ahead, class Read>
-  __device__ __forceinline__ void bring(const T* from, int64_t plane_area, int count, int p, const Read& read) {
+  // k = 1: each thread brings its own pixels of every groups-th channel: load(plane) of `ahead` of them before finish()
+  // of the first, zeros where `inside` is false.
+  template <int ahead, class Load, class Finish>
+  __device__ __forceinline__ void bring(const T* from, int64_t plane_area, int count, int p, bool inside,
+                                        const Load& load, const Finish& finish) {
     const int64_t step = a.groups * plane_area;
     from += group * plane_area;
 #pragma unroll 1
     for (int c = group; c < filled(count); c += ahead * a.groups) {
-      E values[ahead] = {};
+      using Stored = decltype(load(from));
+      Stored stored[ahead];
 #pragma unroll
-      for (int j = 0; j < ahead; ++j, from += step)
-        if (c + j * a.groups < count) values[j] = read(from);
+      for (int j = 0; j < ahead; ++j, from += step) {
+        stored[j] = Stored();
+        if (inside && c + j * a.groups < count) stored[j] = load(from);
+      }
 #pragma unroll
-      for (int j = 0; j < ahead; ++j)
+      for (int j = 0; j < ahead; ++j) {
+        const auto value = finish(stored[j]);
         if (c + j * a.groups < filled(count))
-          *reinterpret_cast<E*>(&shared.values[(c + j * a.groups) * plane + pixel * pixels_per_thread + p]) = values[j];
+          *reinterpret_cast<std::remove_const_t<decltype(value)>*>(
+              &shared.values[(c + j * a.groups) * plane + pixel * pixels_per_thread + p]) = value;
+      }
     }
   }
   __device__ __forceinline__ void stage_pixels(int i, int64_t c0, int count) {
     const T* const first = planes(i, c0);
-    const int from_cols = static_cast<int>(a.from.cols(i));
-    const bool whole = a.quads[i] && (backward || a.stride == 1);
-    if (i == s && whole) return bring<Quad, 4>(first, area(i), count, 0, [&](const T* p) { return plain(p); });
-    if (i == s - 1 && whole && (!backward || (from_cols == 2 * cols() && a.from.rows(i) == 2 * rows())))
-      return bring<Quad, 1>(first, area(i), count, 0, [&](const T* p) { return from_finer(p, from_cols); });
-    if (!backward && i == s + 1 && a.pairs[i] && a.stride == 1) {
-      const bool inside = row() < rows() && col() < cols();
-      const RaisedQuad<A> raised(static_cast<int>(a.from.rows(i)), from_cols, row(), col());
-      return bring<Quad, 2>(first, area(i), count, 0, [&](const T* p) { return inside ? raised(p) : Quad{}; });
+    const int from_rows = static_cast<int>(a.from.rows(i)), from_cols = static_cast<int>(a.from.cols(i));
+    const bool whole = a.quads[i] && (backward || a.stride == 1), inside = row() < rows() && col() < cols();
+    const auto as_it_is = [](const auto& value) { return value; };
+    const auto bring_quads = [&](auto ahead, const auto& quad) {
+      bring<decltype(ahead)::value>(
+          first, area(i), count, 0, inside, [&](const T* plane) { return quad.load(plane); },
+          [&](const auto& stored) { return quad.finish(stored); });
+    };
+    if (i == s && whole) {
+      const int64_t at = static_cast<int64_t>(row()) * cols() + col();
+      return bring<4>(
+          first, area(i), count, 0, inside, [&](const T* plane) { return words_at<pixels_per_thread>(plane + at); },
+          [](const Words<T, pixels_per_thread>& words) {
+            Quad quad;
+            widen(pack_of(words), quad.v);
+            return quad;
+          });
+    }
+    if constexpr (backward) {
+      if (i == s - 1 && whole && from_cols == 2 * cols() && from_rows == 2 * rows())
+        return bring<1>(
+            first, area(i), count, 0, inside,
+            [&](const T* plane) { return lowered_quad(plane, rows(), cols(), row(), col()); }, as_it_is);
+    } else {
+      if (i == s - 1 && whole)
+        return bring_quads(std::integral_constant<int, 1>(), HalvedQuad<T>(from_cols, row(), col(), cols()));
+      if (i == s + 1 && a.pairs[i] && a.stride == 1)
+        return bring_quads(std::integral_constant<int, 2>(), RaisedQuad<T>(from_rows, from_cols, row(), col()));
     }
 #pragma unroll 1
     for (int p = 0; p < pixels_per_thread; ++p) {
       const int y = row(), x = col() + p;
-      if (y >= rows() || x >= cols()) {
-        bring<A, 4>(first, 0, count, p, [](const T*) { return A(0); });
-      } else if (i > s && a.stride == 1) {
-        const Bilinear<A> v(y, 1 << (i - s), static_cast<int>(a.from.rows(i))), h(x, 1 << (i - s), from_cols);
-        const int64_t upper = int64_t(v.first) * from_cols, lower = int64_t(v.second) * from_cols;
-        bring<A, 4>(first, area(i), count, p, [&](const T* plane) {
-          const A above = mix(h, widen(plane[upper + h.first]), widen(plane[upper + h.second]));
-          return mix(v, above, mix(h, widen(plane[lower + h.first]), widen(plane[lower + h.second])));
-        });
-      } else {
-        bring<A, 1>(first, area(i), count, p, [&](const T* plane) { return value(plane, i, s, y, x); });
-      }
+      bring<1>(
+          first, area(i), count, p, y < rows() && x < cols(), [&](const T* plane) { return value(plane, i, s, y, x); },
+          as_it_is);
     }
   }
 
   // One value of `count` channels, p: where it is in the first of them.
-  template <int ahead, class Read>
+  template <int ahead, class Load, class Finish>
   __device__ __forceinline__ void put(const T* p, int64_t plane_area, int count, int place, bool inside,
-                                      const Read& read) {
+                                      const Load& load, const Finish& finish) {
 #pragma unroll 1
     for (int c = 0; c < filled(count); c += ahead) {
-      A values[ahead];
+      using Stored = decltype(load(p));
+      Stored stored[ahead];
 #pragma unroll
-      for (int j = 0; j < ahead; ++j, p += plane_area) values[j] = inside && c + j < count ? read(p) : A(0);
+      for (int j = 0; j < ahead; ++j, p += plane_area) {
+        stored[j] = Stored();
+        if (inside && c + j < count) stored[j] = load(p);
+      }
 #pragma unroll
       for (int j = 0; j < ahead; ++j)
-        if (c + j < filled(count)) shared.values[(c + j) * plane + place] = values[j];
+        if (c + j < filled(count)) shared.values[(c + j) * plane + place] = finish(stored[j]);
     }
   }
   // Any k: `count` channels, n x n pixels from (top, left) on; zero outside.
@@ -175,36 +179,52 @@ struct Inputs {
     const int row_pitch = static_cast<int>(backward ? a.from.cols(i) : a.stored.cols(i));
     const int side_read = backward ? (i == at ? 1 : 0) : a.stride << (at - i);  // stored pixels per pixel; 0: unlike
     const T* const first = planes(i, c0);
+    struct Square2 {
+      Words<T, 2> rows[2];
+    };
+    struct Square4 {
+      Words<T, 4> rows[4];
+    };
     for (int e = static_cast<int>(threadIdx.x); e < n * n; e += static_cast<int>(blockDim.x)) {
       const int r = e / n, y = top + r, x = left + e - r * n, place = r * n_pitch + e - r * n;
       const bool inside = y >= 0 && y < at_rows && x >= 0 && x < at_cols;
       const T* p = first + (static_cast<int64_t>(y) * row_pitch + x) * side_read;
       if (side_read == 1) {
-        put<4>(p, area(i), count, place, inside, [](const T* q) { return A(widen(*q)); });
+        put<4>(p, area(i), count, place, inside, [](const T* q) { return *q; }, [](const T& v) { return A(widen(v)); });
       } else if (side_read == 2 && a.quads[i]) {
-        put<4>(p, area(i), count, place, inside, [&](const T* q) {
-          const auto upper = *reinterpret_cast<const Pack<T, 2>*>(q),
-                     lower = *reinterpret_cast<const Pack<T, 2>*>(q + row_pitch);
-          const A v[4] = {widen(upper.v[0]), widen(upper.v[1]), widen(lower.v[0]), widen(lower.v[1])};
-          return a.stride == 2 ? (v[0] + v[1] + v[2] + v[3]) * A(0.25) : larger(larger(v[0], v[1]), larger(v[2], v[3]));
-        });
+        put<4>(
+            p, area(i), count, place, inside,
+            [&](const T* q) { return Square2{{words_at<2>(q), words_at<2>(q + row_pitch)}}; },
+            [&](const Square2& square) {
+              const Pack<T, 2> upper = pack_of(square.rows[0]), lower = pack_of(square.rows[1]);
+              const A v[4] = {widen(upper.v[0]), widen(upper.v[1]), widen(lower.v[0]), widen(lower.v[1])};
+              return a.stride == 2 ? (v[0] + v[1] + v[2] + v[3]) * A(0.25)
+                                   : larger(larger(v[0], v[1]), larger(v[2], v[3]));
+            });
       } else if (side_read == 4 && a.stride == 2 && a.quads[i]) {  // the maximum of four averages
-        put<2>(p, area(i), count, place, inside, [&](const T* q) {
-          A averages[4];
+        put<2>(
+            p, area(i), count, place, inside,
+            [&](const T* q) {
+              return Square4{{words_at<4>(q), words_at<4>(q + row_pitch), words_at<4>(q + 2 * row_pitch),
+                              words_at<4>(q + 3 * row_pitch)}};
+            },
+            [](const Square4& square) {
+              A averages[4];
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const auto* rows = reinterpret_cast<const Pack<T, 4>*>(q + 2 * half * row_pitch);
-            const Pack<T, 4> upper = rows[0], lower = rows[row_pitch / 4];
+              for (int half = 0; half < 2; ++half) {
+                A upper[4], lower[4];
+                widen(pack_of(square.rows[2 * half]), upper), widen(pack_of(square.rows[2 * half + 1]), lower);
 #pragma unroll
-            for (int j = 0; j < 2; ++j)
-              averages[2 * half + j] = (widen(upper.v[2 * j]) + widen(upper.v[2 * j + 1]) + widen(lower.v[2 * j]) +
-                                        widen(lower.v[2 * j + 1])) *
-                                       A(0.25);
-          }
-          return larger(larger(averages[0], averages[1]), larger(averages[2], averages[3]));
-        });
+                for (int j = 0; j < 2; ++j)
+                  averages[2 * half + j] =
+                      (upper[2 * j] + upper[2 * j + 1] + lower[2 * j] + lower[2 * j + 1]) * A(0.25);
+              }
+              return larger(larger(averages[0], averages[1]), larger(averages[2], averages[3]));
+            });
       } else {
-        put<1>(first, area(i), count, place, inside, [&](const T* plane) { return value(plane, i, at, y, x); });
+        put<1>(
+            first, area(i), count, place, inside, [&](const T* plane) { return value(plane, i, at, y, x); },
+            [](const A& v) { return v; });
       }
     }
   }

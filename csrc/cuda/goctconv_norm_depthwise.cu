@@ -209,7 +209,8 @@ __global__ void __launch_bounds__(threads, 2) sum_backward(const __grid_constant
 #pragma unroll
         for (int t = 0; t < 9; ++t) gy += w[t] * g[t], part[3 + t] += y * g[t];
         const A gz = z > 0 ? gy : gy * channel.slope;
-        part[0] += gz, part[1] += gz * normal, part[2] += z > 0 ? A(0) : gy * z;
+        part[0] += gz, part[1] += gz * normal;
+        if (!(z > 0)) part[2] += gy * z;
         return gz;
       },
       [&] {

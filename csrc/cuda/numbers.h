@@ -37,6 +37,23 @@ struct alignas(sizeof(T) * n) Pack {
   T v[n];
 };
 
+// A pack as it travels from memory, where it may as well be zero: left to itself the compiler puts one of half
+// precision together number by number.
+template <class T, int n>
+struct __attribute__((__may_alias__, __aligned__(sizeof(T) * n))) Words {
+  uint32_t v[sizeof(T) * n / 4];
+};
+template <int n, class T>
+__device__ __forceinline__ Words<T, n> words_at(const T* p) {
+  return *reinterpret_cast<const Words<T, n>*>(p);
+}
+template <class T, int n>
+__device__ __forceinline__ Pack<T, n> pack_of(const Words<T, n>& words) {
+  Pack<T, n> pack;
+  memcpy(&pack, &words, sizeof pack);
+  return pack;
+}
+
 // Four numbers at once. A bfloat16 is the upper half of a float32: one instruction each, where they come in pairs.
 template <class T, class A>
 __device__ __forceinline__ void widen(const Pack<T, 4>& pack, A (&v)[4]) {

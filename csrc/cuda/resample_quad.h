@@ -28,28 +28,48 @@ __device__ __forceinline__ void read_pooled(const Plane<T>& plane, int y, int x,
 // Pixels x to x + 3 of row y of a map of `cols` columns, an even number: the maxima of 2 x 2 of a plane with aligned
 // rows of fine_cols. Zero past the row.
 template <class T>
-__device__ __forceinline__ Pack<typename Sum<T>::type, 4> halved_quad(const T* plane, int fine_cols, int y, int x,
-                                                                      int cols) {
+struct HalvedQuad {
   using A = typename Sum<T>::type;
-  Pack<A, 4> v{};
-  const T* p = plane + static_cast<int64_t>(2 * y) * fine_cols + 2 * x;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (x + 2 * half >= cols) continue;
-    const auto top = *reinterpret_cast<const Pack<T, 4>*>(p + 4 * half),
-               bottom = *reinterpret_cast<const Pack<T, 4>*>(p + fine_cols + 4 * half);
-#pragma unroll
-    for (int j = 0; j < 2; ++j)
-      v.v[2 * half + j] = larger(larger(A(widen(top.v[2 * j])), A(widen(top.v[2 * j + 1]))),
-                                 larger(A(widen(bottom.v[2 * j])), A(widen(bottom.v[2 * j + 1]))));
+  struct Stored {
+    Words<T, 4> top[2], bottom[2];
+  };
+  int64_t at;
+  int fine_cols;
+  bool both;  // halves of the four exist
+  __device__ __forceinline__ HalvedQuad(int fine_cols, int y, int x, int cols)
+      : at(static_cast<int64_t>(2 * y) * fine_cols + 2 * x),
+        fine_cols(fine_cols),
+        both(x + 2 < cols) {}
+  __device__ __forceinline__ Stored load(const T* plane) const {
+    Stored stored{};
+    const T* p = plane + at;
+    stored.top[0] = words_at<4>(p), stored.bottom[0] = words_at<4>(p + fine_cols);
+    if (both) stored.top[1] = words_at<4>(p + 4), stored.bottom[1] = words_at<4>(p + fine_cols + 4);
+    return stored;
   }
-  return v;
-}
+  static __device__ __forceinline__ Pack<A, 4> finish(const Stored& stored) {
+    Pack<A, 4> v;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      A top[4], bottom[4];
+      widen(pack_of(stored.top[half]), top), widen(pack_of(stored.bottom[half]), bottom);
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        v.v[2 * half + j] = larger(larger(top[2 * j], top[2 * j + 1]), larger(bottom[2 * j], bottom[2 * j + 1]));
+    }
+    return v;
+  }
+};
 
 // Pixels x to x + 3 of row y of a map that is a plane, rows x cols with aligned pairs, upsampled by two; x is a
-// multiple of four. Where they read is worked out once for all planes.
-template <class A>
+// multiple of four. Beyond its border the map goes on as it ends.
+template <class T>
 struct RaisedQuad {
+  using A = typename Sum<T>::type;
+  struct Stored {
+    Words<T, 2> above, below;
+    T beside[4];  // to the left above and below, to the right above and below
+  };
   int64_t upper, lower;  // where the pair below the four begins, in the two rows that they are between
   A part;                // of the lower
   bool at_left, at_right;
@@ -59,21 +79,20 @@ struct RaisedQuad {
     upper = static_cast<int64_t>(v.first) * cols + c, lower = static_cast<int64_t>(v.second) * cols + c, part = v.part;
     at_left = c == 0, at_right = c + 2 == cols;
   }
-  // One row: the pair and its neighbours. Beyond the border the map goes on as it ends.
-  template <class T>
-  __device__ __forceinline__ void read(const T* p, T (&line)[4]) const {
-    const auto pair = *reinterpret_cast<const Pack<T, 2>*>(p);
-    line[0] = line[1] = pair.v[0], line[2] = line[3] = pair.v[1];
-    if (!at_left) line[0] = p[-1];
-    if (!at_right) line[3] = p[2];
+  __device__ __forceinline__ Stored load(const T* plane) const {
+    const T *above = plane + upper, *below = plane + lower;
+    Stored stored{};
+    stored.above = words_at<2>(above), stored.below = words_at<2>(below);
+    if (!at_left) stored.beside[0] = above[-1], stored.beside[1] = below[-1];
+    if (!at_right) stored.beside[2] = above[2], stored.beside[3] = below[2];
+    return stored;
   }
-  template <class T>
-  __device__ __forceinline__ Pack<A, 4> operator()(const T* plane) const {
-    T above[4], below[4];
-    read(plane + upper, above), read(plane + lower, below);
-    A m[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) m[i] = (1 - part) * widen(above[i]) + part * widen(below[i]);
+  __device__ __forceinline__ Pack<A, 4> finish(const Stored& stored) const {
+    const Pack<T, 2> above = pack_of(stored.above), below = pack_of(stored.below);
+    const auto between = [&](T a, T b) { return (1 - part) * widen(a) + part * widen(b); };
+    A m[4] = {between(stored.beside[0], stored.beside[1]), between(above.v[0], below.v[0]),
+              between(above.v[1], below.v[1]), between(stored.beside[2], stored.beside[3])};
+    m[0] = at_left ? m[1] : m[0], m[3] = at_right ? m[2] : m[3];
     const A near = A(0.75), far = A(0.25);
     return {{far * m[0] + near * m[1], near * m[1] + far * m[2], far * m[1] + near * m[2], near * m[2] + far * m[3]}};
   }
