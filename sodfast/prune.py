@@ -204,10 +204,11 @@ def mask(
 
 @torch.no_grad()
 def estimate_statistics(model: nn.Module, inputs: Iterable[Tensor]) -> None:
-    """Gives every NormAct the mean of its batch statistics over some batches, in place.
+    """Gives every norm the mean of its batch statistics over some batches, in place.
 
-    For a network that ``prune(mode="paper")`` has left without statistics. Without them its
-    activations grow or vanish from layer to layer, in evaluation, until they overflow.
+    For a network that ``prune(mode="paper")`` has left without statistics, or whose weights are
+    an average, which no other network's statistics fit. Without them its activations grow or
+    vanish from layer to layer, in evaluation, until they overflow or nothing is left.
 
     Args:
         model: left in the mode that it had.
@@ -216,7 +217,8 @@ def estimate_statistics(model: nn.Module, inputs: Iterable[Tensor]) -> None:
     Raises:
         ValueError: there is no batch.
     """
-    norms = [module for module in model.modules() if isinstance(module, NormAct)]
+    kinds = (NormAct, nn.BatchNorm2d)
+    norms = [module for module in model.modules() if isinstance(module, kinds)]
     momenta = [norm.momentum for norm in norms]
     training, number = model.training, 0
     model.train()

@@ -44,7 +44,7 @@ from .weights import atomic_write, save
 
 __all__ = ["TrainingError", "train"]
 
-_STATISTICS_BATCHES = 16  # after an elimination that resets the norms' statistics
+_STATISTICS_BATCHES = 16  # where a network's norms have no statistics that fit
 
 
 class TrainingError(RuntimeError):
@@ -149,6 +149,7 @@ class Trainer:
         self.adopt(model)
         if found is not None:
             restore(saved, self.model, self.average, self.optimizer, self.launch)
+            self.averaged = True
 
         self.log = RunLog(self.run, active=self.launch.is_main)
         self.teaching = TeachingLog(self.run, self.launch.rank)
@@ -183,6 +184,7 @@ class Trainer:
             self.decay = DynamicWeightDecay(inner, self.model, recipe.lambda_d, recipe.decay_mode)
         self.optimizer = inner if self.decay is None else self.decay
         self.average = copy.deepcopy(self.model).eval() if recipe.ema else None
+        self.averaged = False  # until then it is a copy, and its statistics fit
         self.parallel = self.launch.wrap(self.model, recipe.sync_bn)
 
     # ---- the loop --------------------------------------------------------------------------------
@@ -270,22 +272,18 @@ class Trainer:
 
     def eliminate(self, done: float) -> None:
         """Removes the channels whose γ vanished; the rest gets a fresh optimizer."""
+        recipe = self.recipe
         before = self.validate_now("before elimination")
         self.save_weights("trained.safetensors")
-        recipe = self.recipe
+        if before is not None and self.average is not None:  # which is not what loses channels
+            before = validate(self.model, *self.held, recipe.size, self.device)
+            self.model.train()
         smaller, report = prune(
             self.model, recipe.prune_criterion, recipe.prune_mode, recipe.prune_threshold,
             recipe.prune_ratio,
         )  # fmt: skip
         if recipe.prune_mode == "paper":  # which has reset them
-            side, first = image_size(recipe, done), self.state.step * recipe.accumulate
-            estimate_statistics(
-                smaller.to(self.device),
-                (
-                    self.batches.get(first + i, side)[0][:, : self.channels]
-                    for i in range(_STATISTICS_BATCHES)
-                ),
-            )
+            self.estimate_statistics(smaller.to(self.device), done)
         self.state.eliminated_at = done
         self.state.best = -1.0  # from now on the smaller network's scores count
         pre = self.model.preprocessing
@@ -302,10 +300,21 @@ class Trainer:
         )  # fmt: skip
         self.save_checkpoint()
 
+    def estimate_statistics(self, network: nn.Module, done: float) -> None:
+        """Gives a network's norms the statistics of the batches that come next."""
+        first = self.state.step * self.recipe.accumulate
+        numbers = range(first, first + _STATISTICS_BATCHES)
+        side = image_size(self.recipe, done, self.state.step)
+        estimate_statistics(
+            network, (self.batches.get(number, side)[0][:, : self.channels] for number in numbers)
+        )
+
     def update_average(self) -> None:
-        """Exponential moving average of the parameters; statistics are taken as they are."""
+        """Exponential moving average of the parameters; its statistics are estimated when it is
+        looked at."""
         if self.average is None:
             return
+        self.averaged = True
         with torch.no_grad():
             for ours, theirs in zip(self.model.parameters(), self.average.parameters()):
                 theirs.lerp_(ours, 1 - self.recipe.ema)
@@ -346,7 +355,11 @@ class Trainer:
     def validate_now(self, label: str = "", keep: bool = True) -> dict[str, float] | None:
         """Scores the network (its average, where there is one) on the held-out pairs; keeps it
         as weights.safetensors where it is the best of its phase so far."""
-        model = self.average if self.average is not None else self.model
+        model = self.model
+        if self.average is not None:
+            model = self.average
+            if self.averaged:
+                self.estimate_statistics(model, self.done())
         cache, rows = self.held
         scores = None
         if len(rows):

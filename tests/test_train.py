@@ -1,6 +1,7 @@
 """Training: it learns, survives being killed, stops with a reason; recipes are checked."""
 
 import contextlib
+import copy
 import json
 import multiprocessing
 import os
@@ -21,6 +22,10 @@ import torch
 import sodfast
 from sodfast import checkpoint
 from sodfast.data.synth import write_scenes
+from sodfast.nn import NormAct
+from sodfast.pictures import read_image
+from sodfast.preprocess import to_input
+from sodfast.prune import estimate_statistics
 from sodfast.recipe import Recipe, list_recipes, load_recipe
 from sodfast.runlog import read_log
 from sodfast.schedule import decay_strength, image_size, learning_rate
@@ -302,6 +307,22 @@ def run_here(folder: Path, run: Path, resume: bool = False, **changes: Any) -> d
         Recipe(**{**SMALL, **changes}), folder / "set", run, resume=resume, device="cpu",
         cache_folder=folder / "cache", progress=False,
     )  # fmt: skip
+
+
+def test_averaged_weights_come_with_statistics_of_their_own(scenes: Path, tmp_path: Path) -> None:
+    """With those of the network that is trained, maps of an average can be black everywhere."""
+    run_here(scenes, tmp_path / "run", finetune_epochs=0, prune=False, sizes=[], ema=0.9)
+    model = sodfast.load(tmp_path / "run" / "weights.safetensors")
+    pictures = sorted((scenes / "set" / "images").iterdir())
+    x = torch.cat([to_input(read_image(p), model.preprocessing, (32, 32)) for p in pictures])
+    measured = copy.deepcopy(model)
+    estimate_statistics(measured, [x])
+    distances = [
+        ((mine.running_mean - theirs.running_mean).abs() / theirs.running_var.sqrt()).mean()
+        for mine, theirs in zip(model.modules(), measured.modules())
+        if isinstance(mine, NormAct) and isinstance(theirs, NormAct)
+    ]
+    assert torch.stack(distances).mean() < 0.05  # of a standard deviation; 0.13 with the others
 
 
 def test_resume_refuses_another_recipe_and_a_used_folder(
