@@ -7,7 +7,7 @@ forms.
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ common = {
 }
 hypothesis.settings.register_profile("normal", max_examples=200, **common)
 hypothesis.settings.register_profile("full", max_examples=10_000, **common)
+# For --hypothesis-profile: on a GPU that is rented by the minute a failure is reported as it was
+# drawn. Making it smaller takes up to five minutes per test.
+unshrunk = [phase for phase in hypothesis.Phase if phase.name not in ("shrink", "explain")]
+hypothesis.settings.register_profile("unshrunk", max_examples=200, phases=unshrunk, **common)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -83,7 +87,15 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(params=_backend.BACKENDS)
+def marked(names: Iterable[str]) -> list[Any]:
+    """The names as parameters; those of backends that need a GPU have the mark gpu."""
+    return [
+        pytest.param(name, marks=pytest.mark.gpu) if name in ("cuda", "triton") else name
+        for name in names
+    ]
+
+
+@pytest.fixture(params=marked(_backend.BACKENDS))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once per backend, which is asked for by name; skips what is not there."""
     name = request.param
@@ -150,7 +162,7 @@ def settle(model: torch.nn.Module, inputs: Any) -> torch.nn.Module:
     return model.eval()
 
 
-@pytest.fixture(params=gpu_kernels.BACKENDS)
+@pytest.fixture(params=marked(gpu_kernels.BACKENDS))
 def gpu(request: pytest.FixtureRequest) -> str:
     """A way to run the CUDA kernels that is there."""
     reason = gpu_kernels.available()[request.param]
@@ -159,7 +171,7 @@ def gpu(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=triton_kernels.BACKENDS)
+@pytest.fixture(params=marked(triton_kernels.BACKENDS))
 def triton(request: pytest.FixtureRequest) -> str:
     """A way to run the Triton kernels that is there."""
     reason = triton_kernels.available()[request.param]

@@ -178,6 +178,7 @@ def test_threads_replay_one_after_the_other(made: list[StandIn]) -> None:
 # ---- on a GPU -----------------------------------------------------------------------------------
 
 
+@pytest.mark.gpu
 @needs_gpu
 @torch.inference_mode()
 def test_results_are_those_of_the_network(small_csnet: Callable) -> None:
@@ -192,6 +193,7 @@ def test_results_are_those_of_the_network(small_csnet: Callable) -> None:
         graphed(x)
 
 
+@pytest.mark.gpu
 @needs_gpu
 @torch.no_grad()
 def test_streams_wait_for_each_other(small_csnet: Callable) -> None:
@@ -209,6 +211,7 @@ def test_streams_wait_for_each_other(small_csnet: Callable) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.gpu
 @needs_gpu
 @torch.no_grad()
 def test_it_can_be_part_of_a_capture_and_of_a_compiled_function(small_csnet: Callable) -> None:

@@ -168,8 +168,8 @@ def sound_calls() -> Iterator[Call]:
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("number", range(6))
 def test_registration_and_mixed_devices(number: int) -> None:
-    assert_registered(*list(sound_calls())[number])
     assert_one_device(*list(sound_calls())[number])
+    assert_registered(*list(sound_calls())[number])
 
 
 @pytest.mark.usefixtures("compiled")

@@ -279,6 +279,20 @@ def test_layer_is_batch_norm_and_prelu_over_several_steps(momentum: float) -> No
             assert ours.channel_means is None
 
 
+def test_reference_in_mixed_precision_keeps_statistics_in_float32() -> None:
+    """Under autocast on CUDA it meets maps in half precision beside parameters in float32."""
+    xs = [torch.randn(2, 3, 8, 8).bfloat16(), torch.randn(2, 2, 4, 4).bfloat16()]
+    mixed, wide = (sodfast.nn.NormAct((3, 2)).train() for _ in range(2))
+    with sodfast.use_backend("reference"):
+        wide([x.float() for x in xs])
+        with torch.autocast("cpu", torch.bfloat16):
+            ys = mixed(xs)
+    assert all(y.dtype == torch.bfloat16 for y in ys)
+    for name in ("running_mean", "running_var", "channel_means"):
+        found, expected = getattr(mixed, name), getattr(wide, name)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2, msg=name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_update_of_the_statistics(dtype: torch.dtype) -> None:
     """Against the reference, over many steps.

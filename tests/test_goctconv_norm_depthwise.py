@@ -20,6 +20,7 @@ from op_cases import (
     Tensors,
     assert_one_device,
     lay_out,
+    opcheck,
     threads,
 )
 from torch import Tensor
@@ -384,8 +385,8 @@ def test_registration(gpu: str, number: int) -> None:
         given = tuple(moved(t) for t in arguments)
         if not name.endswith("_backward"):
             given = ([x.requires_grad_() for x in given[0]], *given[1:])
-        torch.library.opcheck(getattr(torch.ops.sodfast, name).default, given)
         assert_one_device(name, given)
+        opcheck(getattr(torch.ops.sodfast, name).default, given)
 
 
 def test_a_norm_alone_is_as_it_was() -> None:

@@ -79,6 +79,7 @@ def test_predict_device(
         assert status == 2 and f"--device {missing} cannot be used: " in err
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 def test_predict_on_a_gpu(
     weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -200,6 +200,7 @@ def test_whole_batches_are_replayed_on_cuda_and_nothing_else(
         predictor.run(torch.zeros(2, 3, 64, 64))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 @pytest.mark.parametrize("batch", [1, 2])
 def test_maps_on_a_gpu_are_the_same_with_and_without_graphs(batch: int) -> None:

@@ -24,9 +24,9 @@ LEAVES = (
 class Form:
     """A form of running a case; prepare returns the call that is timed.
 
-    bf16 is autocast for the baselines and in training, as it is used; in inference ours runs
-    networks whose parameters are bfloat16 too. compiled is torch.compile's mode, both of which
-    replay CUDA graphs.
+    bf16 is autocast for the baselines and in training, as it is used. In inference parameters can
+    be bfloat16 too: ours are, and those of the baselines with pure, which autocast would convert
+    on every call. compiled is torch.compile's mode, both of which replay CUDA graphs.
     """
 
     name: str
@@ -35,17 +35,28 @@ class Form:
     channels_last: bool = False
     compiled: str = ""
     graph: bool = False
+    pure: bool = False
 
     @property
-    def slow(self) -> bool:
-        """Whether preparing it takes most of a stage."""
-        return self.compiled == "max-autotune"
+    def usual(self) -> bool:
+        """Whether it runs when nobody asks; compiling the others takes most of a stage."""
+        return self.backend != "triton" and self.compiled != "max-autotune"
+
+    @property
+    def replays(self) -> bool:
+        """Whether a call replays a CUDA graph: the peak of its memory was at the capture."""
+        return self.graph or bool(self.compiled)
+
+    def serves(self, work: Work) -> bool:
+        """Whether it differs from the form without pure: there are parameters to convert."""
+        converts = work.dtype != "fp32" and not work.training and not isinstance(work, MapWork)
+        return converts or not self.pure
 
     def prepare(self, work: Work) -> Callable[[], Any]:
         sodfast.use_backend(self.backend)
         module, xs = work.build()
         half = work.dtype != "fp32"
-        whole = half and not self.baseline and not work.training
+        whole = half and not work.training and (self.pure or not self.baseline)
         if whole:
             module, xs = module.to(DTYPES[work.dtype]), [x.to(DTYPES[work.dtype]) for x in xs]
         elif half and work.layer:  # what reaches a layer under autocast
@@ -53,6 +64,9 @@ class Form:
         if self.channels_last:
             module = module.to(memory_format=torch.channels_last)
             xs = [x.contiguous(memory_format=torch.channels_last) for x in xs]
+        if self.compiled:
+            for x in xs:  # its graphs read them where they are, as ours do, and copy nothing
+                torch._dynamo.mark_static_address(x)
         autocast = half and not whole
         make = _training_step if work.kind == "training" else _op_step
         if work.kind != "training" and not work.training:
@@ -61,12 +75,17 @@ class Form:
         return _captured(step) if self.graph else step
 
 
+# In the order in which they run: ours first, then the fastest to prepare.
 FORMS = [
-    Form("eager", "reference", baseline=True),
-    Form("eager channels_last", "reference", baseline=True, channels_last=True),
-    Form("compile", "reference", baseline=True, compiled="reduce-overhead"),
     Form("cuda", "cuda"),
     Form("cuda graph", "cuda", graph=True),
+    Form("eager", "reference", baseline=True),
+    Form("eager channels_last", "reference", baseline=True, channels_last=True),
+    Form("eager graph", "reference", baseline=True, graph=True),
+    Form("eager bf16", "reference", baseline=True, pure=True),
+    Form("eager bf16 graph", "reference", baseline=True, pure=True, graph=True),
+    Form("compile bf16", "reference", baseline=True, pure=True, compiled="reduce-overhead"),
+    Form("compile", "reference", baseline=True, compiled="reduce-overhead"),
     Form("triton", "triton"),
     Form("triton graph", "triton", graph=True),
     Form("compile max-autotune", "reference", baseline=True, compiled="max-autotune"),

@@ -63,15 +63,24 @@ class MapWork(Work):
         )]  # fmt: skip
 
     def values(self) -> int:
-        """Numbers that must move: arguments and result; in the backward these again, and the
-        gradients of the arguments that have one."""
+        """Numbers that must move at least: arguments and result; in the backward these again, and
+        the gradients of the arguments that have one."""
         xs = [torch.empty(shape, device="meta") for shape in self.shapes()]
         with torch.no_grad(), sodfast.use_backend("reference"):
             ys = self.module()(xs)
         read = sum(x.numel() for x in xs)
         written = sum(y.numel() for y in (ys if isinstance(ys, tuple) else (ys,)))
         back = sum(x.numel() for x in xs[: self.differentiated])
-        return 2 * (read + written) + back if self.training else read + written
+        if not self.training:
+            return read + written
+        if self.function is ops.scfm and self.arguments == (False,):
+            # x + up(y): x's gradient is the result's, and y's is made of that alone
+            return read + 2 * written + xs[1].numel()
+        if self.function is DynamicDistillationLoss:
+            # θ takes a pass over an image's maps, which fit a cache, before the one that ends in
+            # their gradient: read once, it is written, and read and written to be scaled
+            return read + written + 3 * back
+        return 2 * (read + written) + back
 
 
 class NetworkWork(Work):

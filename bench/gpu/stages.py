@@ -2,31 +2,41 @@
 
     python bench/gpu/stages.py                  all stages that are not done yet
     python bench/gpu/stages.py build tests      these, done or not
+    python bench/gpu/stages.py --limit 420 --keep DIR
     python bench/gpu/stages.py --list
 
-A stage that succeeds leaves a file under build/gpu; the next call goes on behind it. Uses the
-Python that runs it: its torch must have CUDA, and nvcc, cmake and ninja must be on the PATH.
-The benchmark's rows go to bench/results/gpu.csv.
+A stage that succeeds leaves a file under build/gpu; the next call goes on behind it. What a stage
+prints also goes to NAME.log there or under --keep. Uses the Python that runs it: its torch must
+have CUDA, and nvcc, cmake and ninja must be on the PATH. The benchmark's rows go to
+bench/results/gpu.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results" / "gpu.csv"
 DONE = ROOT / "build" / "gpu"
 LIMIT = 600  # seconds per stage
+GRACE = 15  # seconds that a stopped stage has to say how far it came
 PYTHON = sys.executable
 BENCH = [PYTHON, "bench/gpu/run.py"]
 SANITIZER = ["compute-sanitizer", "--error-exitcode", "9"]
 OURS = ["--kernel-name", "kns=sodfast"]  # but initcheck must see what torch's kernels write
 EXERCISE = [PYTHON, "bench/gpu/exercise.py"]
+CUDA_TESTS = ("gpu_kernels", "gpu_maps", "goctconv_norm_depthwise", "ilblock", "decay",
+              "cuda_graph", "predictor", "predict_command")  # fmt: skip
+TRITON_TESTS = ("triton", "triton_maps", "decay")
 
 # What is timed, the most telling first: name, kind, words of its cases, dtype ("": all).
 TIMED = [
@@ -44,32 +54,61 @@ TIMED = [
 ]  # fmt: skip
 
 
-def _timing(kind: str, case: str, dtype: str) -> list[str]:
-    return [*BENCH, "--kind", kind, "--case", case, *(["--dtype", dtype] if dtype else [])]
+def _tests(names: tuple[str, ...], words: str) -> list[str]:
+    """pytest on what runs on a GPU; most of its time is the CPU's reference, one core per test."""
+    options = ["-q", "--durations=5", "-p", "no:cacheprovider", "--tb=short", "--maxfail=15",
+               "--continue-on-collection-errors", "--hypothesis-profile=unshrunk",
+               "-m", "gpu", "-k", words]  # fmt: skip
+    if find_spec("xdist"):
+        options += ["-n", str(min(len(os.sched_getaffinity(0)), 12)), "--dist", "worksteal"]
+    if find_spec("pytest_timeout"):
+        # A kernel that hangs answers no signal. The thread ends its process, for which xdist
+        # starts another; without xdist it ends them all.
+        options += ["--timeout=120", "--timeout-method=thread"]
+    return [PYTHON, "-m", "pytest", *options, *(f"tests/test_{name}.py" for name in names)]
 
 
+def _timings(prefix: str, *variants: str) -> dict[str, list[str]]:
+    asked = ["--variants", ",".join(variants)] if variants else []
+    return {
+        f"{prefix}-{name}": [
+            *BENCH, "--kind", kind, "--case", case, *(["--dtype", dtype] if dtype else []), *asked
+        ]
+        for name, kind, case, dtype in TIMED
+    }  # fmt: skip
+
+
+TIMINGS = _timings("bench")
+# What tells most comes first; a stage takes its first place in the list.
 STAGES: dict[str, list[str]] = {
     "build": [PYTHON, "setup.py", "build_ext", "--inplace"],
-    "tests": [PYTHON, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider",
-              "tests/test_gpu_kernels.py", "tests/test_gpu_maps.py", "tests/test_decay.py",
-              "tests/test_ilblock.py", "tests/test_goctconv_norm_depthwise.py",
-              "tests/test_cuda_graph.py", "tests/test_cuda_sources.py"],
-    "tests-triton": [PYTHON, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider",
-                     "tests/test_triton.py", "tests/test_triton_maps.py"],
-    **{tool: [*SANITIZER, *OURS, "--tool", tool, *EXERCISE]
-       for tool in ("memcheck", "racecheck", "synccheck")},
+    "exercise": EXERCISE,
+    "tests": _tests(CUDA_TESTS, "not triton"),
+    "memcheck": [*SANITIZER, *OURS, "--tool", "memcheck", *EXERCISE],
+    **{name: TIMINGS[name] for name in ("bench-x2-L-bf16", "bench-training-24-bf16")},
+    "racecheck": [*SANITIZER, *OURS, "--tool", "racecheck", *EXERCISE],
     "initcheck": [*SANITIZER, "--tool", "initcheck", *EXERCISE],
-    **{f"bench-{name}": _timing(kind, case, dtype) for name, kind, case, dtype in TIMED},
-    # It takes most of a stage: last, and alone.
-    **{f"autotune-{name}": [*_timing(kind, case, dtype), "--variants", "compile max-autotune"]
-       for name, kind, case, dtype in TIMED},
-}  # fmt: skip
+    "synccheck": [*SANITIZER, *OURS, "--tool", "synccheck", *EXERCISE],
+    "tests-triton": _tests(TRITON_TESTS, "triton"),
+    **TIMINGS,
+    # Compiling takes most of these: apart, and last.
+    **_timings("triton", "triton", "triton graph"),
+    **_timings("autotune", "compile max-autotune"),
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build, test, check and time on a GPU.")
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="only these, done or not")
     parser.add_argument("--list", action="store_true", help="print the stages")
+    parser.add_argument(
+        "--limit", type=float, default=float("inf"), metavar="SECONDS",
+        help=f"of the whole call; a stage stops after {LIMIT} in any case, within {GRACE} more",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep", type=Path, default=DONE, metavar="DIR",
+        help="the folder for each stage's log and a copy of the results (build/gpu)",
+    )  # fmt: skip
     args = parser.parse_args()
     unknown = [name for name in args.stages if name not in STAGES]
     if unknown:
@@ -82,18 +121,27 @@ def main() -> int:
     if reason:
         print(f"make gpu: {reason}", file=sys.stderr)
         return 2
-    DONE.mkdir(parents=True, exist_ok=True)
-    failed = []
+    # Stages are sessions of their own, which are to end with this process.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for folder in (DONE, args.keep):
+        folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + args.limit
+    failed, late = [], []
     for name in args.stages or STAGES:
         if not args.stages and (DONE / name).exists():
             print(f"== {name}: done before", flush=True)
             continue
-        if not run(name):
+        seconds = min(LIMIT, end - time.monotonic())
+        if seconds <= 0:
+            late.append(name)
+        elif not run(name, seconds, args.keep):
             failed.append(name)
             if name == "build":
                 break
-    print("make gpu: " + (f"failed: {', '.join(failed)}" if failed else "all stages passed"))
-    return 1 if failed else 0
+    words = [f"{word}: {', '.join(names)}"
+             for word, names in (("failed", failed), ("no time for", late)) if names]  # fmt: skip
+    print("make gpu: " + ("; ".join(words) or "all stages passed"))
+    return 1 if words else 0
 
 
 def why_not() -> str:
@@ -108,12 +156,24 @@ def why_not() -> str:
     return ""
 
 
-def run(name: str) -> bool:
+def run(name: str, seconds: float, keep: Path) -> bool:
     command = STAGES[name]
     print(f"== {name}: {' '.join(command)}", flush=True)
     if shutil.which(command[0]) is None:
         print(f"== {name}: {command[0]} is not on the PATH")
         return False
+    start = time.monotonic()
+    status = watch(command, environment_of(name), keep / f"{name}.log", seconds)
+    reason = {0: "passed", None: f"stopped after {seconds:.0f} s"}.get(status, "failed")
+    print(f"== {name}: {reason} in {time.monotonic() - start:.0f} s", flush=True)
+    if RESULTS.exists():
+        shutil.copy(RESULTS, keep)
+    if status == 0:
+        (DONE / name).touch()
+    return status == 0
+
+
+def environment_of(name: str) -> dict[str, str]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(":"),
@@ -122,20 +182,37 @@ def run(name: str) -> bool:
         "SODFAST_REQUIRE": "cpu,cuda",
     }
     if name == "build":
-        environment["SODFAST_CMAKE_ARGS"] = "-DSODFAST_CUDA=ON"
-    if command[0] == "compute-sanitizer":
+        given = os.environ.get("SODFAST_CMAKE_ARGS", "")
+        environment["SODFAST_CMAKE_ARGS"] = f"-DSODFAST_CUDA=ON {given}".strip()
+    if STAGES[name][0] == "compute-sanitizer":
         # Every tensor an allocation of its own, so that one past its end is out of bounds.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    start = time.monotonic()
+    return environment
+
+
+def watch(command: list[str], environment: dict[str, str], log: Path, seconds: float) -> int | None:
+    """Run a command and all that it starts, its output here and in a file; None: it was stopped."""
+    tee = subprocess.Popen(["tee", str(log)], stdin=subprocess.PIPE)
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=tee.stdin, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    assert tee.stdin is not None
+    tee.stdin.close()
     try:
-        passed = subprocess.run(command, cwd=ROOT, env=environment, timeout=LIMIT).returncode == 0
-        reason = "passed" if passed else "failed"
+        return child.wait(seconds)
     except subprocess.TimeoutExpired:
-        passed, reason = False, f"stopped after {LIMIT} s"
-    print(f"== {name}: {reason} in {time.monotonic() - start:.0f} s", flush=True)
-    if passed:
-        (DONE / name).touch()
-    return passed
+        child.send_signal(signal.SIGINT)  # pytest then tells what has failed so far
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE)
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            tee.wait(GRACE)  # what has left the session may hold the pipe for longer
+        tee.kill()
 
 
 if __name__ == "__main__":

@@ -111,7 +111,9 @@ def goctconv_norm_act_reference(
         means.append(mean)
         variances.append(var)
     channel_means = torch.cat([y.detach().mean((2, 3)) for y in ys], dim=1).to(weight.dtype)
-    return ys, torch.cat(means).detach(), torch.cat(variances).detach(), channel_means
+    # on CUDA autocast leaves the maps in half precision, and what is said of them it does not
+    batch_mean, batch_var = (torch.cat(x).detach().to(weight.dtype) for x in (means, variances))
+    return ys, batch_mean, batch_var, channel_means
 
 
 def goctconv_update_stats_(
