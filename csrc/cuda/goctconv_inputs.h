@@ -146,12 +146,33 @@ struct Inputs {
       if (i == s + 1 && a.pairs[i] && a.stride == 1)
         return bring_quads(std::integral_constant<int, 2>(), RaisedQuad<T>(from_rows, from_cols, row(), col()));
     }
+    struct Corners {
+      T v[4];
+    };
 #pragma unroll 1
     for (int p = 0; p < pixels_per_thread; ++p) {
       const int y = row(), x = col() + p;
-      bring<1>(
-          first, area(i), count, p, y < rows() && x < cols(), [&](const T* plane) { return value(plane, i, s, y, x); },
-          as_it_is);
+      const bool present = y < rows() && x < cols();
+      if (i == s && (backward || a.stride == 1)) {
+        const int64_t at = static_cast<int64_t>(y) * cols() + x;
+        bring<4>(
+            first, area(i), count, p, present, [&](const T* plane) { return plane[at]; },
+            [](const T& v) { return A(widen(v)); });
+      } else if (!backward && i > s && a.stride == 1) {
+        const Bilinear<A> v(y, 1 << (i - s), from_rows), h(x, 1 << (i - s), from_cols);
+        const int64_t upper = static_cast<int64_t>(v.first) * from_cols, lower = int64_t(v.second) * from_cols;
+        bring<2>(
+            first, area(i), count, p, present,
+            [&](const T* plane) {
+              return Corners{
+                  {plane[upper + h.first], plane[upper + h.second], plane[lower + h.first], plane[lower + h.second]}};
+            },
+            [&](const Corners& c) {
+              return mix(v, mix(h, A(widen(c.v[0])), A(widen(c.v[1]))), mix(h, A(widen(c.v[2])), A(widen(c.v[3]))));
+            });
+      } else {
+        bring<1>(first, area(i), count, p, present, [&](const T* plane) { return value(plane, i, s, y, x); }, as_it_is);
+      }
     }
   }
 
