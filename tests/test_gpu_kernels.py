@@ -1,5 +1,6 @@
 """The CUDA kernels, on a GPU or run on the host: values and gradients of every op and dtype."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -38,6 +39,7 @@ from sodfast.ops import (
     goctconv_measured_reference,
     goctconv_norm_act,
     goctconv_norm_act_reference,
+    goctconv_norm_depthwise,
     goctconv_reference,
     goctconv_update_stats_,
     goctconv_update_stats_reference_,
@@ -92,6 +94,37 @@ def test_goctconv_larger(gpu: str, case: test_goctconv.Case) -> None:
         gpu, case.run(goctconv), case.run(goctconv_reference), case.tensors(), case.grads(),
         case.terms(),
     )  # fmt: skip
+
+
+def test_maps_that_begin_between_two_accesses(gpu: str) -> None:
+    """A view of a larger buffer is contiguous, but 16 bytes at a time would be misaligned."""
+    source, device = Source(1), device_of(gpu)
+
+    def run(xs: list[Tensor], weight: Tensor, vectors: list[Tensor]) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (*xs, weight)]
+        ys = goctconv(leaves[:2], leaves[2], (5, 4))
+        grads = torch.autograd.grad(ys, leaves, [torch.ones_like(y) for y in ys])
+        kernel = leaves[2].flatten()[:72].view(8, 1, 3, 3)
+        maps, *_ = goctconv_norm_depthwise(xs, *vectors, kernel, None, True)
+        return [*ys, *grads, *maps]
+
+    for dtype in dtypes_of(gpu):
+        shapes = (2, 3, 24, 32), (2, 5, 12, 16), (9, 8, 1, 1)
+        flat = [source.uniform(math.prod(shape) + 3).to(device, dtype) for shape in shapes]
+        vectors = [0.5 + source.uniform(8).abs().to(device, dtype) for _ in range(5)]
+        with running(gpu):
+            expected = None
+            for begin in (0, 1, 2, 3):  # from the start of a buffer, all holding the same numbers
+                *xs, weight = (
+                    torch.cat((x.new_zeros(begin), x))[begin:][: math.prod(shape)].view(shape)
+                    for x, shape in zip(flat, shapes)
+                )
+                found = run(xs, weight, vectors)
+                expected = expected or found
+                for one, other in zip(found, expected):
+                    torch.testing.assert_close(
+                        one, other, rtol=4 * torch.finfo(dtype).eps, atol=1e-5
+                    )
 
 
 @pytest.mark.parametrize("kernel", [1, 3])

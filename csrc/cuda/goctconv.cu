@@ -12,7 +12,7 @@
 //
 // Per output pixel and channel 2·in·k² FLOPs; bytes: every input and output once (other channels' blocks of a tile
 // run next to each other and find it in L2). At k = 1 and CSNet's 10 to 80 channels that is 5 to 20 FLOPs per byte in
-// float32: memory bounds it up to some 60 channels, float32 arithmetic beyond. The aim is the bandwidth.
+// float32: memory bounds it up to some 60 channels, arithmetic beyond. The aim is the bandwidth.
 #include "cuda/goctconv_tile.h"
 
 namespace sodfast::cuda {

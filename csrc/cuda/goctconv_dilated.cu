@@ -42,7 +42,8 @@ __device__ __forceinline__ void read_taps(const T* row, int x, int cols, int cou
   A around[12];
 #pragma unroll
   for (int n = 0; n < 3; ++n) {
-    const Pack<T, 4> quad = read_quad<reach != Reach::any>(row, x + (n - 1) * (near ? 4 : dilation), cols, count);
+    const Pack<T, 4> quad =
+        pack_of(read_quad<reach != Reach::any>(row, x + (n - 1) * (near ? 4 : dilation), cols, count));
 #pragma unroll
     for (int p = 0; p < 4; ++p) around[4 * n + p] = widen(quad.v[p]);
   }
@@ -273,7 +274,7 @@ struct Problem {
   __device__ __forceinline__ int64_t weight(const Place& p, int row, int col) const {
     return p.weight + col / 9 * p.pitch + row * 9 + col % 9;
   }
-  __device__ __forceinline__ void stage(const Place& p, const Quad& at, Pack<A, 4>* rows, Pack<A, 4>* cols) const {
+  __device__ __forceinline__ void stage(const Place& p, const Quad& at, Lines<A> rows, Lines<A> cols) const {
     copy_lines(xs[p.s] + p.x + at.b * p.x_sample, p.plane, p.ins, p.cols, at, p.packed, rows);
     const T* planes = gys[p.s] + p.g + at.b * p.g_sample;
     if (p.shifted_packed)
@@ -282,7 +283,7 @@ struct Problem {
       fill_lines<2>(9 * p.outs, cols, [&](int line) { return shifted<false>(planes, p, at, line); });
   }
   template <bool whole>
-  __device__ __forceinline__ static Pack<T, 4> shifted(const T* planes, const Place& p, const Quad& at, int line) {
+  __device__ __forceinline__ static auto shifted(const T* planes, const Place& p, const Quad& at, int line) {
     const int t = line % 9, y = at.y - (t / 3 - 1) * p.dilation, x = at.x - (t % 3 - 1) * p.dilation;
     const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(p.rows);
     const T* row = planes + line / 9 * p.plane + static_cast<int64_t>(y) * p.cols;

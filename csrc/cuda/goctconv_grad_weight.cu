@@ -89,12 +89,12 @@ struct Problem {
   __device__ __forceinline__ int64_t weight(const Place& p, int row, int col) const {
     return p.weight + row * p.pitch + col;
   }
-  __device__ __forceinline__ void stage(const Place& p, const Quad& at, Pack<A, 4>* rows, Pack<A, 4>* cols) const {
+  __device__ __forceinline__ void stage(const Place& p, const Quad& at, Lines<A> rows, Lines<A> cols) const {
     stage_gradients(p, at, rows);
     stage_inputs(p, at, cols);
   }
 
-  __device__ __forceinline__ void stage_gradients(const Place& p, const Quad& at, Pack<A, 4>* lines) const {
+  __device__ __forceinline__ void stage_gradients(const Place& p, const Quad& at, Lines<A> lines) const {
     const Maps& g = p.g;
     const T* planes = gys[g.s] + g.first + at.b * g.sample;
     if (g.factor == 1) {
@@ -110,7 +110,7 @@ struct Problem {
     }
   }
 
-  __device__ __forceinline__ void stage_inputs(const Place& p, const Quad& at, Pack<A, 4>* lines) const {
+  __device__ __forceinline__ void stage_inputs(const Place& p, const Quad& at, Lines<A> lines) const {
     const Maps& x = p.x;
     const T* planes = xs[x.s] + x.first + at.b * x.sample;
     const bool averaged = shape.stride == 2, as_stored = x.factor == 1 && !averaged;
@@ -130,7 +130,7 @@ struct Problem {
           Pack<A, 4> line;
 #pragma unroll
           for (int c = 0; c < 4; ++c) line.v[c] = c < at.count ? v[dx + c] : A(0);
-          lines[(3 * r + dx) * line_pitch + lane] = line;
+          lines.at(3 * r + dx, lane) = line;
         }
       }
     } else if (as_stored) {

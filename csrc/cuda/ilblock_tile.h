@@ -128,26 +128,28 @@ struct Tile {
       });
     } else if (i == s - 1 && a.pairs[i]) {
       bring(i, c0, count, [&](const T* plane, A(&values)[rows_per_thread]) {
-        const auto* pairs = reinterpret_cast<const Pack<T, 2>*>(plane);
-        int64_t at = first;  // a fine row has as many pairs as a coarse one values, and there are two
+        Words<T, 2> upper[rows_per_thread] = {}, lower[rows_per_thread] = {};
+        int64_t at = 2 * first;
 #pragma unroll
-        for (int j = 0; j < rows_per_thread; ++j, at += from_cols)
-          if (here >> j & 1) {
-            const Pack<T, 2> upper = pairs[at], lower = pairs[at + from_cols / 2];
-            values[j] = larger(larger(A(widen(upper.v[0])), A(widen(upper.v[1]))),
-                               larger(A(widen(lower.v[0])), A(widen(lower.v[1]))));
-          }
+        for (int j = 0; j < rows_per_thread; ++j, at += 2 * from_cols)
+          if (here >> j & 1) upper[j] = words_at<2>(plane + at), lower[j] = words_at<2>(plane + at + from_cols);
+#pragma unroll
+        for (int j = 0; j < rows_per_thread; ++j) {
+          const Pack<T, 2> above = pack_of(upper[j]), below = pack_of(lower[j]);
+          values[j] = larger(larger(A(widen(above.v[0])), A(widen(above.v[1]))),
+                             larger(A(widen(below.v[0])), A(widen(below.v[1]))));
+        }
       });
     } else if (i == s + 1) {  // y is even; beyond its border the map goes on as it ends
-      const Bilinear<A> h(x, 2, from_cols);
-      const int top = y / 2 - 1;
+      const int top = y / 2 - 1, near = x > 0 ? least(x / 2, from_cols - 1) : 0;
+      const int beside = near + (x % 2 != 0 ? 1 : -1), far = beside < 0 ? 0 : least(beside, from_cols - 1);
       bring(i, c0, count, [&](const T* plane, A(&values)[rows_per_thread]) {
         if (here == 0) return;
         A lines[rows_per_thread / 2 + 2];
         const T* p = plane + static_cast<int64_t>(top > 0 ? top : 0) * from_cols;
 #pragma unroll
         for (int r = 0; r < rows_per_thread / 2 + 2; ++r) {
-          lines[r] = mix(h, A(widen(p[h.first])), A(widen(p[h.second])));
+          lines[r] = A(0.75) * widen(p[near]) + A(0.25) * widen(p[far]);
           if (top + r >= 0 && top + r < from_rows - 1) p += from_cols;
         }
 #pragma unroll

@@ -53,6 +53,10 @@ __device__ __forceinline__ Pack<T, n> pack_of(const Words<T, n>& words) {
   memcpy(&pack, &words, sizeof pack);
   return pack;
 }
+template <class T, int n>
+__device__ __forceinline__ const Pack<T, n>& pack_of(const Pack<T, n>& pack) {
+  return pack;
+}
 
 // Four numbers at once. A bfloat16 is the upper half of a float32: one instruction each, where they come in pairs.
 template <class T, class A>

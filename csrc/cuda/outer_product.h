@@ -10,7 +10,7 @@
 //
 // 2·rows·cols FLOPs per pixel; a line of g is read once per 48 columns, one of x once per 32 rows, mostly from L2. A
 // piece's quad is 12 reads of 16 bytes for 128 multiply-adds. Memory bounds it up to some 20 channels (k = 1), which
-// is what it aims at, float32 arithmetic and the reads of shared memory beyond; in half precision memory bounds it.
+// is what it aims at, arithmetic and the reads of shared memory beyond; in half precision memory bounds it.
 #pragma once
 
 #include "cuda/slices.h"
@@ -20,7 +20,14 @@ namespace sodfast::cuda {
 
 constexpr int outer_threads = 256, outer_warps = outer_threads / 32, tile_quads = 32;
 constexpr int patch_rows = 32, patch_cols = 48, rows_per_thread = 8, cols_per_thread = 4;
-constexpr int line_pitch = tile_quads + 1;  // in quads; odd, so that neighbouring lines lie in different banks
+
+// Lines of the quads in shared memory, `pitch` quads apart.
+template <class A>
+struct Lines {
+  Pack<A, 4>* data;
+  int pitch;
+  __device__ __forceinline__ Pack<A, 4>& at(int line, int quad) const { return data[line * pitch + quad]; }
+};
 
 // Four pixels of one sample, from (y, x) to the right; count of them exist, none beyond the last sample.
 struct Quad {
@@ -62,23 +69,24 @@ inline int64_t tiles_of(const Pyramid& maps, int s) {
 // Values x to x + 3 of a row of `cols`, zero outside and from the count-th on. packed: x and the row are aligned, and a
 // quad lies inside as a whole or not at all.
 template <bool packed, class T>
-__device__ __forceinline__ Pack<T, 4> read_quad(const T* row, int x, int cols, int count) {
-  Pack<T, 4> v{};
-  if (packed) {
-    if (count > 0 && static_cast<unsigned>(x) < static_cast<unsigned>(cols))
-      v = *reinterpret_cast<const Pack<T, 4>*>(row + x);
+__device__ __forceinline__ auto read_quad(const T* row, int x, int cols, int count) {
+  if constexpr (packed) {
+    Words<T, 4> words{};
+    if (count > 0 && static_cast<unsigned>(x) < static_cast<unsigned>(cols)) words = words_at<4>(row + x);
+    return words;
   } else {
+    Pack<T, 4> v{};
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (i < count && static_cast<unsigned>(x + i) < static_cast<unsigned>(cols)) v.v[i] = row[x + i];
+    return v;
   }
-  return v;
 }
 
 // Fills this lane's quad of the n lines: read(line) gives four values. Every warp has each eighth line; `at_once` of
 // them are read before the first is written, so that their latencies overlap.
 template <int at_once, class A, class Read>
-__device__ __forceinline__ void fill_lines(int n, Pack<A, 4>* lines, const Read& read) {
+__device__ __forceinline__ void fill_lines(int n, Lines<A> lines, const Read& read) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll 1
   for (int first = warp; first < n; first += at_once * outer_warps) {
@@ -90,9 +98,8 @@ __device__ __forceinline__ void fill_lines(int n, Pack<A, 4>* lines, const Read&
     for (int u = 0; u < at_once; ++u) {
       if (first + u * outer_warps >= n) break;
       Pack<A, 4> wide;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) wide.v[i] = widen(quads[u].v[i]);
-      lines[(first + u * outer_warps) * line_pitch + lane] = wide;
+      widen(pack_of(quads[u]), wide.v);
+      lines.at(first + u * outer_warps, lane) = wide;
     }
   }
 }
@@ -100,7 +107,7 @@ __device__ __forceinline__ void fill_lines(int n, Pack<A, 4>* lines, const Read&
 // Fills n lines with the quad of n planes as they are stored, `plane` values apart.
 template <class T, class A>
 __device__ __forceinline__ void copy_lines(const T* planes, int64_t plane, int n, int cols, const Quad& at, bool packed,
-                                           Pack<A, 4>* lines) {
+                                           Lines<A> lines) {
   const T* row = planes + static_cast<int64_t>(at.y) * cols;
   if (packed)
     fill_lines<4>(n, lines, [&](int line) { return read_quad<true>(row + line * plane, at.x, cols, at.count); });
@@ -108,10 +115,12 @@ __device__ __forceinline__ void copy_lines(const T* planes, int64_t plane, int n
     fill_lines<2>(n, lines, [&](int line) { return read_quad<false>(row + line * plane, at.x, cols, at.count); });
 }
 
-// A thread's part of the products in float32: piece (r0, c0) has rows r0, r0 + down, … and columns c0, c0 + across, …
+// A thread's part of the products without tensor cores: piece (r0, c0) has rows r0, r0 + down, … and columns c0, c0 +
+// across, …
 template <class A>
 struct Pieces {
-  int down, across, groups, group, piece;  // groups of threads share the quads
+  static constexpr int pitch = tile_quads + 1;  // odd: reads of 16 bytes of neighbouring lines lie in different banks
+  int down, across, groups, group, piece;       // groups of threads share the quads
   A sum[rows_per_thread][cols_per_thread] = {};
 
   __device__ __forceinline__ explicit Pieces(const Patch& patch)
@@ -121,17 +130,17 @@ struct Pieces {
         group(static_cast<int>(threadIdx.x) / (down * across)),
         piece(static_cast<int>(threadIdx.x) % (down * across)) {}
 
-  __device__ __forceinline__ void add(const Pack<A, 4>* rows, const Pack<A, 4>* cols) {
+  __device__ __forceinline__ void add(const Lines<A>& row_lines, const Lines<A>& col_lines) {
     if (group >= groups) return;
-    rows += piece / across * line_pitch, cols += piece % across * line_pitch;
+    const Pack<A, 4>*rows = &row_lines.at(piece / across, 0), *cols = &col_lines.at(piece % across, 0);
 #pragma unroll 1
     for (int q = group; q < tile_quads; q += groups) {
       Pack<A, 4> columns[cols_per_thread];
 #pragma unroll
-      for (int c = 0; c < cols_per_thread; ++c) columns[c] = cols[c * across * line_pitch + q];
+      for (int c = 0; c < cols_per_thread; ++c) columns[c] = cols[c * across * pitch + q];
 #pragma unroll
       for (int r = 0; r < rows_per_thread; ++r) {
-        const Pack<A, 4> row = rows[r * down * line_pitch + q];
+        const Pack<A, 4> row = rows[r * down * pitch + q];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -163,6 +172,7 @@ struct Pieces {
 // The same on tensor cores, for maps that are stored as T: a warp has 16 rows and all columns.
 template <class T>
 struct Tiles {
+  static constexpr int pitch = tile_quads + 2;  // reads of 8 bytes of four lines fill all banks once
   static constexpr int across = patch_cols / 8;
   int n_rows, n_cols, sharing;  // warps that share the pixels of 16 rows
   float sum[across][4] = {};
@@ -174,11 +184,11 @@ struct Tiles {
 
   // Two pixels of a line.
   static __device__ __forceinline__ Pair<T> pair(const float* lines, int line, int pixel) {
-    const auto wide = *reinterpret_cast<const Pack<float, 2>*>(lines + line * (4 * line_pitch) + pixel);
+    const auto wide = *reinterpret_cast<const Pack<float, 2>*>(lines + line * (4 * pitch) + pixel);
     return {wide.v[0], wide.v[1]};
   }
-  __device__ __forceinline__ void add(const Pack<float, 4>* row_lines, const Pack<float, 4>* col_lines) {
-    const float *rows = row_lines->v, *cols = col_lines->v;
+  __device__ __forceinline__ void add(const Lines<float>& row_lines, const Lines<float>& col_lines) {
+    const float *rows = row_lines.data->v, *cols = col_lines.data->v;
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int g = lane / 4, t = lane % 4, row = warp / sharing * 16 + g;
 #pragma unroll 1
@@ -220,11 +230,11 @@ __global__ void __launch_bounds__(outer_threads, 2)
   using T = typename Problem::Stored;
   using A = typename Problem::A;
   using Products = std::conditional_t<tensor_cores, Tiles<T>, Pieces<A>>;
-  __shared__ Pack<A, 4> row_lines[(patch_rows + patch_cols) * line_pitch];
-  static_assert(sizeof row_lines >= rows_per_thread * cols_per_thread * outer_threads * sizeof(A) &&
-                    sizeof row_lines >= 16 * patch_cols * outer_warps * sizeof(A),
+  __shared__ Pack<A, 4> lines[(patch_rows + patch_cols) * Products::pitch];
+  static_assert(sizeof lines >= rows_per_thread * cols_per_thread * outer_threads * sizeof(A) &&
+                    sizeof lines >= 16 * patch_cols * outer_warps * sizeof(A),
                 "the sums of all threads fit");
-  Pack<A, 4>* const col_lines = row_lines + patch_rows * line_pitch;
+  const Lines<A> row_lines{lines, Products::pitch}, col_lines{&row_lines.at(patch_rows, 0), Products::pitch};
   int64_t slice;
   const int64_t block = divide(blockIdx.x, slices, slice);
   __shared__ typename Problem::Place place;  // shared: in registers it would crowd out the sums
@@ -246,7 +256,7 @@ __global__ void __launch_bounds__(outer_threads, 2)
     products.add(row_lines, col_lines);
     __syncthreads();
   }
-  products.finish(patch, reinterpret_cast<A*>(row_lines), [&](int row, int col, A total) {
+  products.finish(patch, reinterpret_cast<A*>(lines), [&](int row, int col, A total) {
     workspace[slice * weights + problem.weight(place, row, col)] = total;
   });
 }

@@ -243,7 +243,7 @@ struct NormAct {
   // The one that makes zeros of zeros.
   __device__ __forceinline__ NormAct of_zeros() const {
     NormAct none = *this;
-    none.mean = none.beta = 0;
+    none.mean = none.beta = 0, none.scale = none.slope = 1;  // 0 · NaN is none
     return none;
   }
 };

@@ -41,8 +41,8 @@ struct Plane {
   }
 };
 
-// Where a fine index reads on a coarse axis of n values, f times coarser (align_corners=False). At the border both
-// values are the same one, so that nothing is ever multiplied by zero.
+// Where a fine index reads on a coarse axis of n values, f times coarser (align_corners=False). At the border there is
+// one value, and mix() leaves it alone: 0 · infinity would be NaN.
 template <class A>
 struct Bilinear {
   int first, second;
@@ -60,7 +60,7 @@ struct Bilinear {
 
 template <class A>
 __device__ __forceinline__ A mix(const Bilinear<A>& place, A first, A second) {
-  return (1 - place.part) * first + place.part * second;
+  return place.part > 0 ? (1 - place.part) * first + place.part * second : first;
 }
 
 // A plane of scale i (rows x cols as the convolution sees it) at pixel (y, x) of scale `at`.

@@ -89,7 +89,7 @@ struct RaisedQuad {
   }
   __device__ __forceinline__ Pack<A, 4> finish(const Stored& stored) const {
     const Pack<T, 2> above = pack_of(stored.above), below = pack_of(stored.below);
-    const auto between = [&](T a, T b) { return (1 - part) * widen(a) + part * widen(b); };
+    const auto between = [&](T a, T b) { return part > 0 ? (1 - part) * widen(a) + part * widen(b) : A(widen(a)); };
     A m[4] = {between(stored.beside[0], stored.beside[1]), between(above.v[0], below.v[0]),
               between(above.v[1], below.v[1]), between(stored.beside[2], stored.beside[3])};
     m[0] = at_left ? m[1] : m[0], m[3] = at_right ? m[2] : m[3];

@@ -12,7 +12,7 @@
 // what is missing is 2^-21 of a product at most, 2^-23 in the mean. Tensor cores cut sums off where others round; so
 // eight products make a sum of their own, which is then added as float32 numbers are, and errors do not all point to
 // zero. An infinity or a NaN has no rest: it takes part in big · big alone, so that nothing is multiplied that was not
-// there.
+// there (but a number under 2^-137 has no big part, and makes NaN of an infinity).
 #pragma once
 
 #include <cstring>
@@ -23,7 +23,7 @@
 namespace sodfast::cuda {
 
 // Whether float32 is multiplied so too: where three such products take less time than one float32 multiplication per
-// lane. On data-centre GPUs TF32 is 8 times as fast and more, on others no faster at all.
+// lane. On the large data-centre GPUs TF32 has 8 times the rate and more, on others not three times.
 inline bool float32_on_tensor_cores() {
 #if defined(SODFAST_CUDA_ON_HOST)
   return true;  // float64 runs what the others run
@@ -33,7 +33,7 @@ inline bool float32_on_tensor_cores() {
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
     return false;
-  return major >= 8 && major <= 10 && minor == 0;  // A100, H100, H200, B200
+  return major == 8 ? minor == 0 : major == 9 || major == 10;  // A100, H100, H200, B200
 #endif
 }
 
@@ -63,7 +63,7 @@ struct Pair<float> {
 
  private:
   __device__ __forceinline__ void split(int i, float x) {
-    const bool finite = fabsf(x) <= 3.4011621e38f;  // above, which is all but infinite, nothing is rounded up
+    const bool finite = fabsf(x) <= 3.4011621e38f;  // what rounds to an infinity is cut off like one
     const float part = finite ? x : 0.0f;
     uint32_t bits;
     memcpy(&bits, &part, 4);
