@@ -34,7 +34,7 @@ BENCH = [PYTHON, "bench/gpu/run.py"]
 SANITIZER = ["compute-sanitizer", "--error-exitcode", "9"]
 OURS = ["--kernel-name", "kns=sodfast"]  # but initcheck must see what torch's kernels write
 EXERCISE = [PYTHON, "bench/gpu/exercise.py"]
-CUDA_TESTS = ("gpu_kernels", "gpu_maps", "goctconv_norm_depthwise", "ilblock", "decay",
+CUDA_TESTS = ("gpu_kernels", "gpu_edges", "gpu_maps", "goctconv_norm_depthwise", "ilblock", "decay",
               "cuda_graph", "predictor", "predict_command")  # fmt: skip
 TRITON_TESTS = ("triton", "triton_maps", "decay")
 
