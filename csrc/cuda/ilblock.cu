@@ -7,8 +7,8 @@
 //
 // Bytes: the input (again for every 16 channels, from L2) and the output once; layer by layer it is three times the
 // output and twice u more. FLOPs per output pixel and channel: 2·in·k² and 36, of which the halo repeats the first
-// 576 / 392 = 1.47 times. Where in·k² passes some 250 in float32 that costs more time than the bytes saved: there the
-// layers run one by one (ilblock_is_one_launch). The aim is the bandwidth.
+// 576 / 392 = 1.47 times. Where in·k² passes some 250, multiplied lane by lane in float32, that costs more time than
+// the bytes saved: there the layers run one by one (ilblock_is_one_launch). The aim is the bandwidth.
 #include "cuda/ilblock_tile.h"
 
 namespace sodfast::cuda {
