@@ -6,6 +6,7 @@ forms.
 """
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,10 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 # With several processes (pytest -n) a core each; else two threads, so that both are tried.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+# A shell that starts the tests in the background has Ctrl-C ignored, and what they start would too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Hypothesis: generated shapes per test, and no deadline, as a first call may load or compile.
 common = {
