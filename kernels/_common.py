@@ -147,6 +147,13 @@ def check(condition: bool, op: str, message: str) -> None:
         raise RuntimeError(f"sodfast::{op}: {message}")
 
 
+def tiled(op: str, planes: int, tiles: int) -> tuple[int, int]:
+    """The grid of so many tiles of every plane."""
+    most = 65535  # of a grid's second dimension, on CUDA
+    check(tiles <= most, op, f"the maps are too large: {tiles} tiles each, a GPU starts {most}")
+    return planes, tiles
+
+
 def check_scales(op: str, name: str, xs: Sequence[Tensor]) -> list[Tensor]:
     """Checks the tensors of all scales and returns them contiguous.
 

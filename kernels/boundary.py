@@ -41,6 +41,7 @@ from ._common import (
     end_tile,
     first_tile,
     sum_parts,
+    tiled,
 )
 
 _ROWS, _COLS, _BLOCK = 32, 64, 1024
@@ -250,7 +251,7 @@ def _pair(op: str, logits: Tensor, truth: Tensor, k: int) -> tuple[Tensor, Tenso
 
 def _grid(z: Tensor) -> tuple[int, int]:
     tiles = triton.cdiv(z.shape[2], _ROWS) * triton.cdiv(z.shape[3], _COLS)
-    return z.shape[0] * z.shape[1], tiles
+    return tiled("boundary", z.shape[0] * z.shape[1], tiles)
 
 
 def _lines(z: Tensor, k: int, down: bool, shared: int) -> tuple[tuple[int, int], tuple[int, ...]]:
@@ -258,7 +259,8 @@ def _lines(z: Tensor, k: int, down: bool, shared: int) -> tuple[tuple[int, int],
     rows, cols = z.shape[2:]
     lines, length, *strides = (cols, rows, 1, cols) if down else (rows, cols, cols, 1)
     tiles = triton.cdiv(lines, _LINES) * triton.cdiv(length, _SPAN - shared)
-    return (z.shape[0] * z.shape[1], tiles), (lines, length, *strides, k, (k - 1).bit_length())
+    grid = tiled("boundary", z.shape[0] * z.shape[1], tiles)
+    return grid, (lines, length, *strides, k, (k - 1).bit_length())
 
 
 _TILE = {"ROWS": _ROWS, "COLS": _COLS, "num_warps": 16}  # 4 pixels a thread

@@ -21,6 +21,7 @@ from ._common import (
     end_tile,
     first_tile,
     sum_parts,
+    tiled,
 )
 
 _BLOCK = 1024
@@ -222,6 +223,6 @@ def dkd_loss_backward(grad: Tensor, gradient: Tensor) -> Tensor:
     check(grad.dtype == gradient.dtype, op, f"grad is {grad.dtype}, gradient {gradient.dtype}")
     out = torch.empty_like(gradient)
     if images:
-        blocks = triton.cdiv(area(gradient), _BLOCK)
-        _scale[(images, blocks)](grad, gradient, out, area(gradient), BLOCK=_BLOCK)
+        grid = tiled(op, images, triton.cdiv(area(gradient), _BLOCK))
+        _scale[grid](grad, gradient, out, area(gradient), BLOCK=_BLOCK)
     return out

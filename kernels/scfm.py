@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sodfast.ops._check import memory_format
 
-from ._common import area, check, check_like, check_shape
+from ._common import area, check, check_like, check_shape, tiled
 
 _BLOCK = 512
 
@@ -119,7 +119,7 @@ def _run_fuse(x: Tensor, y: Tensor, multiply: bool) -> Tensor:
     out = torch.empty_like(x)
     planes, (sizes, wide) = x.shape[0] * x.shape[1], _sizes(x, y)
     if planes:
-        grid = planes, triton.cdiv(area(x), _BLOCK)
+        grid = tiled("scfm", planes, triton.cdiv(area(x), _BLOCK))
         _fuse[grid](x, y, out, *sizes, MULTIPLY=multiply, WIDE=wide, BLOCK=_BLOCK)
     return out
 
@@ -142,7 +142,7 @@ def scfm_backward(grad: Tensor, x: Tensor, y: Tensor, multiply: bool) -> tuple[T
     if planes:
         most = [2 * n // m + 2 for n, m in zip(x.shape[2:], y.shape[2:])]
         block = 128 if area(y) < 2**14 else 256
-        grid = planes, triton.cdiv(area(y), block)
+        grid = tiled(op, planes, triton.cdiv(area(y), block))
         _gather[grid](grad, x, gy, *sizes, *most, MULTIPLY=multiply, WIDE=wide, BLOCK=block)
     gx = gx.contiguous(memory_format=layout) if multiply else gx
     return gx, gy.contiguous(memory_format=layout)

@@ -131,3 +131,18 @@ def test_structure_polishing_sums(triton: str, case: Polishing) -> None:
     )  # fmt: skip
     for dtype in DTYPES if case is POLISHINGS[0] else DTYPES[:1]:
         check_kernels(triton, dtype, *runs, case.tensors(), case.grads(), case.terms())
+
+
+def test_maps_of_more_tiles_than_a_gpu_starts_are_refused_in_words() -> None:
+    """Nothing is read or written: the tensors have no memory."""
+    pytest.importorskip("triton")
+    from sodfast import kernels
+
+    x = torch.empty(1, 1, 2**14, 2**14, device="meta")
+    for op, arguments in (
+        (kernels.boundary, (x, 3, 1)),
+        (kernels.scfm, (x, x[:, :, ::2, ::2], True)),
+        (kernels.dkd_loss_backward, (x.new_empty(1), x)),
+    ):
+        with pytest.raises(RuntimeError, match=r"too large: \d+ tiles each, a GPU starts 65535"):
+            op(*arguments)
