@@ -12,6 +12,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 ARGS ?=
 WEIGHTS ?=
+, := ,
 
 VENV := .venv
 STAMPS := $(VENV)/stamps
@@ -28,7 +29,7 @@ export XDG_CACHE_HOME := $(CURDIR)/.cache
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 
-.PHONY: help demo test test-full lint format bench gpu cuda-on-host sanitize fuzz wheel sdist pictures clean distclean
+.PHONY: help demo test test-full lint format bench gpu cuda-on-host sanitize sanitize-cpu sanitize-cuda fuzz wheel sdist pictures clean distclean
 
 help:
 	@echo 'make demo       layers at work, a network that learns, maps of photos (WEIGHTS=FILE: yours)'
@@ -39,7 +40,8 @@ help:
 	@echo 'make bench      the benchmark; ARGS="--op goctconv" goes on to bench/run.py'
 	@echo 'make gpu        on a machine with a GPU: builds, tests, checks and times the CUDA kernels'
 	@echo 'make cuda-on-host  the CUDA kernels as a library that the tests run without a GPU'
-	@echo 'make sanitize   the native kernels under the address and undefined-behaviour sanitizers'
+	@echo 'make sanitize   the native kernels under sanitizers: addresses, undefined behaviour; of the CUDA'
+	@echo '                kernels, run on the host, races too'
 	@echo 'make fuzz       100,000 damaged .sodfast files through the C library, sanitized; N=1000 for fewer'
 	@echo 'make wheel      dist/sodfast-*.whl; make sdist: dist/sodfast-*.tar.gz'
 	@echo 'make pictures   redraws docs/images'
@@ -78,7 +80,7 @@ $(STAMPS)/build: $(BUILD_INPUTS) $(STAMPS)/base
 	@touch $@
 
 # The CUDA kernels run on the host, for the tests: a few seconds of compiling, no nvcc.
-$(STAMPS)/cuda-on-host: $(BUILD_INPUTS) tests/native/cuda_on_host.h $(STAMPS)/base
+$(STAMPS)/cuda-on-host: $(BUILD_INPUTS) tests/native/cuda_on_host.h tests/native/cuda_races.h $(STAMPS)/base
 	@echo 'building the CUDA kernels for the host'
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B $(CUDA_ON_HOST) -G Ninja -DSODFAST_CUDA_ON_HOST=ON \
 	    -DTORCH_DIR="$$($(PY) -c 'from importlib.util import find_spec as f; print(f("torch").submodule_search_locations[0])')" \
@@ -116,12 +118,23 @@ format: $(STAMPS)/lint
 bench: $(STAMPS)/build $(STAMPS)/bench
 	$(PY) bench/run.py $(ARGS)
 
-sanitize: $(STAMPS)/base
-	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Debug \
-	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DSODFAST_SANITIZE=ON -DSODFAST_NATIVE_TESTS=ON
-	$(VENV)/bin/cmake --build build/sanitize --target sodfast_native_tests sodfast_cuda_on_host_tests
+# $(call sanitized,folder,sanitizers,programs): builds tests/native so
+sanitized = $(VENV)/bin/cmake -S . -B build/$(1) -G Ninja -DCMAKE_BUILD_TYPE=Debug \
+	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DSODFAST_SANITIZE=$(2) -DSODFAST_NATIVE_TESTS=ON \
+	&& $(VENV)/bin/cmake --build build/$(1) --target $(3)
+
+sanitize: sanitize-cpu sanitize-cuda
+
+sanitize-cpu: $(STAMPS)/base
+	$(call sanitized,sanitize,address$(,)undefined,sodfast_native_tests)
 	build/sanitize/sodfast_native_tests $(ARGS)
+
+# The CUDA kernels run on the host: stray accesses and undefined behaviour, then races.
+sanitize-cuda: $(STAMPS)/base
+	$(call sanitized,sanitize,address$(,)undefined,sodfast_cuda_on_host_tests)
+	$(call sanitized,races,thread,sodfast_cuda_on_host_tests)
 	build/sanitize/sodfast_cuda_on_host_tests $(ARGS)
+	build/races/sodfast_cuda_on_host_tests $(ARGS)
 
 # Uses the Python and the torch that are there (PYTHON=…), not .venv: they know the GPU.
 gpu:
@@ -129,9 +142,7 @@ gpu:
 
 N ?= 100000
 fuzz: $(STAMPS)/build
-	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Debug \
-	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DSODFAST_SANITIZE=ON -DSODFAST_NATIVE_TESTS=ON
-	$(VENV)/bin/cmake --build build/sanitize --target sodfast_fuzz
+	$(call sanitized,sanitize,address$(,)undefined,sodfast_fuzz)
 	$(PY) tests/native/small_plans.py build/sanitize/plans
 	build/sanitize/sodfast_fuzz $(N) 1 build/sanitize/plans/*.sodfast
 

@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the host, for tests: a .cu file compiled by a C++ compiler with -DSODFAST_CUDA_ON_HOST takes
 // this header in place of CUDA's. Blocks run one after the other; the threads of a block are fibres that switch where
-// they wait for each other (__syncthreads, __syncwarp, the shuffles). Between two barriers the fibres run in an order
-// drawn anew, so that a kernel which forgot a barrier gives wrong numbers here too, and a barrier that not all reach
-// ends the program. AddressSanitizer is told of every switch.
+// they wait for each other (__syncthreads, __syncwarp, the shuffles). Blocks, and between two barriers the fibres, run
+// in an order drawn anew, so that a kernel which forgot a barrier gives wrong numbers here too, and a barrier that not
+// all reach ends the program. AddressSanitizer is told of every switch, and so is ThreadSanitizer (cuda_races.h).
 //
 // What it offers is what csrc/cuda uses: one-dimensional grids and blocks, static shared memory, warps of 32 in full
 // masks, float16 and bfloat16 as stored numbers. No atomics, no textures, no streams that overlap.
@@ -17,6 +17,8 @@
 #include <memory>
 #include <vector>
 
+#include "cuda_races.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -29,7 +31,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __shared__ static  // one block at a time
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -101,13 +102,15 @@ namespace sodfast::on_host {
 
 #if defined(__x86_64__)
 // Saves the callee's registers on the stack, swaps stacks, restores them.
-__attribute__((naked, noinline)) inline void swap_stacks(void** /*from: rdi*/, void* /*to: rsi*/) {
+__attribute__((naked, noinline)) SODFAST_UNWATCHED inline void swap_stacks(void** /*from: rdi*/, void* /*to: rsi*/) {
   __asm__(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
       "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
       "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n");
 }
 #endif
+
+inline char block_begins, block_ends;  // where the scheduler and all threads meet
 
 class Fibre {
  public:
@@ -119,7 +122,10 @@ class Fibre {
     if (stack_ == nullptr) stop("no memory for stacks");
   }
   Fibre(const Fibre&) = delete;
-  ~Fibre() { std::free(stack_); }
+  ~Fibre() {
+    std::free(stack_);
+    watch_no_more(watched_);
+  }
 
   void start(const std::function<void()>* body) {
     body_ = body, state = State::ready;
@@ -137,9 +143,11 @@ class Fibre {
   }
 
   // From the scheduler: runs until the fibre waits or is finished.
-  void resume() {
+  SODFAST_UNWATCHED void resume() {
     current() = this;
+    scheduler_watched() = watched();
     before_switch(&scheduler_stack(), stack_, stack_size);
+    watch(watched_);
 #if defined(__x86_64__)
     swap_stacks(&scheduler(), own_);
 #else
@@ -149,10 +157,11 @@ class Fibre {
   }
 
   // From the fibre: back to the scheduler.
-  static void wait(State why) {
+  SODFAST_UNWATCHED static void wait(State why) {
     Fibre& me = *current();
     me.state = why;
     before_switch(why == State::finished ? nullptr : &me.fake_stack_, host_bottom(), host_size());
+    watch(scheduler_watched());
 #if defined(__x86_64__)
     swap_stacks(&me.own_, scheduler());
 #else
@@ -162,9 +171,11 @@ class Fibre {
   }
 
  private:
-  static void entry() {
+  SODFAST_UNWATCHED static void entry() {
     after_switch(nullptr, &host_bottom(), &host_size());
+    enter(&block_begins);
     (*current()->body_)();
+    leave(&block_ends);
     wait(State::finished);
     stop("a finished fibre ran on");
   }
@@ -205,64 +216,90 @@ class Fibre {
     static size_t size = 0;
     return size;
   }
+  static Watched& scheduler_watched() {
+    static Watched scheduler{};
+    return scheduler;
+  }
   char* stack_;
   Context own_{};
   const std::function<void()>* body_ = nullptr;
   void* fake_stack_ = nullptr;
+  Watched watched_ = watch_new();
 };
 
 // ---------------------------------------------------------------------------------------- the block
 constexpr unsigned warp_size = 32, most_threads = 1024;
 inline uint64_t shuffle_slots[most_threads];
 
+// Two places where its threads meet, in turn: who leaves one must not meet those that are already at the next.
+struct Barrier {
+  unsigned passed = 0;
+  char places[2] = {};
+};
+inline Barrier block_barrier, warp_barriers[most_threads / warp_size];
+
+SODFAST_UNWATCHED inline void meet(Barrier& barrier, Fibre::State why) {
+  char* place = &barrier.places[barrier.passed % 2];
+  leave(place);
+  Fibre::wait(why);
+  enter(place);
+}
+
 inline unsigned draw(unsigned below) {
   static uint64_t state = 1;
   state = state * 6364136223846793005u + 1442695040888963407u;
   return static_cast<unsigned>((state >> 33) % below);
 }
+inline void shuffle(std::vector<unsigned>& order) {
+  for (size_t n = order.size(); n > 1; --n) std::swap(order[n - 1], order[draw(static_cast<unsigned>(n))]);
+}
 
 // Lets a barrier's threads go on once all of them are there. `first` to `last` are the threads it is for.
-inline bool release(std::vector<std::unique_ptr<Fibre>>& fibres, unsigned first, unsigned last, Fibre::State barrier) {
+SODFAST_UNWATCHED inline bool release(std::vector<std::unique_ptr<Fibre>>& fibres, unsigned first, unsigned last,
+                                      Fibre::State why, Barrier& barrier) {
   unsigned waiting = 0, finished = 0;
   for (unsigned t = first; t < last; ++t) {
-    waiting += fibres[t]->state == barrier;
+    waiting += fibres[t]->state == why;
     finished += fibres[t]->state == Fibre::State::finished;
   }
   if (waiting == 0 || waiting + finished < last - first) return false;
   if (finished > 0) stop("some threads ended, the others wait for them at a barrier");
   for (unsigned t = first; t < last; ++t) fibres[t]->state = Fibre::State::ready;
+  ++barrier.passed;
   return true;
 }
 
-inline void run_block(unsigned threads, const std::function<void()>& body) {
+SODFAST_UNWATCHED inline void run_block(unsigned threads, const std::function<void()>& body) {
   static std::vector<std::unique_ptr<Fibre>> fibres;
   while (fibres.size() < threads) fibres.push_back(std::make_unique<Fibre>());
   static std::vector<unsigned> order;
   order.resize(threads);
+  soil_shared_memory();
+  leave(&block_begins);
   for (unsigned t = 0; t < threads; ++t) {
     fibres[t]->start(&body);
     order[t] = t;
   }
   for (;;) {
-    for (unsigned t = threads; t > 1; --t) std::swap(order[t - 1], order[draw(t)]);
+    shuffle(order);
     unsigned alive = 0;
     for (const unsigned t : order) {
       thread.x = t;
       if (fibres[t]->state == Fibre::State::ready) fibres[t]->resume();
       alive += fibres[t]->state != Fibre::State::finished;
     }
-    if (alive == 0) return;
-    bool released = release(fibres, 0, threads, Fibre::State::at_block_barrier);
-    for (unsigned first = 0; first < threads; first += warp_size) {
-      const unsigned last = first + warp_size < threads ? first + warp_size : threads;
-      released = release(fibres, first, last, Fibre::State::at_warp_barrier) || released;
-    }
+    if (alive == 0) break;
+    bool released = release(fibres, 0, threads, Fibre::State::at_block_barrier, block_barrier);
+    for (unsigned warp = 0; warp < threads / warp_size; ++warp)
+      released |=
+          release(fibres, warp * warp_size, (warp + 1) * warp_size, Fibre::State::at_warp_barrier, warp_barriers[warp]);
     if (!released) stop("threads wait at different barriers");
   }
+  enter(&block_ends);
 }
 
 template <class T>
-T exchange(T value, unsigned from_lane) {
+SODFAST_UNWATCHED T exchange(T value, unsigned from_lane) {
   static_assert(sizeof(T) <= 8);
   const unsigned me = thread.x;
   std::memcpy(&shuffle_slots[me], &value, sizeof(T));
@@ -275,7 +312,7 @@ T exchange(T value, unsigned from_lane) {
 
 // What csrc/cuda/tensor.h says of the tensor cores. Eight products and what they are added to are one sum, which is cut
 // off, not rounded: so the hardware does, but for a few bits more or less.
-inline void multiply_add(float (&d)[4], const float (&a)[2][2], const float (&b)[2]) {
+SODFAST_UNWATCHED inline void multiply_add(float (&d)[4], const float (&a)[2][2], const float (&b)[2]) {
   static float rows[most_threads / warp_size][16][8], cols[most_threads / warp_size][8][8];
   const unsigned lane = thread.x % warp_size, g = lane / 4, t = lane % 4;
   auto& left = rows[thread.x / warp_size];
@@ -299,7 +336,10 @@ void run_grid(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, 
   if (threads == 0 || threads > most_threads || threads % warp_size != 0) stop("a block must have 32 to 1024 threads");
   const std::function<void()> body = [&] { kernel(arguments...); };
   grid_size.x = blocks, block_size.x = threads;
-  for (unsigned b = 0; b < blocks; ++b) {
+  std::vector<unsigned> order(blocks);
+  for (unsigned b = 0; b < blocks; ++b) order[b] = b;
+  shuffle(order);
+  for (const unsigned b : order) {
     block.x = b;
     run_block(threads, body);
   }
@@ -307,8 +347,13 @@ void run_grid(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, 
 
 }  // namespace sodfast::on_host
 
-inline void __syncthreads() { sodfast::on_host::Fibre::wait(sodfast::on_host::Fibre::State::at_block_barrier); }
-inline void __syncwarp() { sodfast::on_host::Fibre::wait(sodfast::on_host::Fibre::State::at_warp_barrier); }
+inline void __syncthreads() {
+  sodfast::on_host::meet(sodfast::on_host::block_barrier, sodfast::on_host::Fibre::State::at_block_barrier);
+}
+inline void __syncwarp() {
+  sodfast::on_host::meet(sodfast::on_host::warp_barriers[sodfast::on_host::thread.x / sodfast::on_host::warp_size],
+                         sodfast::on_host::Fibre::State::at_warp_barrier);
+}
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return sodfast::on_host::exchange(value, sodfast::on_host::thread.x % 32 ^ static_cast<unsigned>(mask));
