@@ -15,7 +15,8 @@ __device__ __forceinline__ A warp_sum(A x) {
   return x;
 }
 
-// n sums over a block of `warps` warps, the same in every thread. `shared` holds warps * n values; all threads call.
+// n sums over a block of `warps` warps, the same in every thread. All threads call, with room for warps * n values in
+// `shared` that nobody uses before the next barrier.
 template <int n, class A>
 __device__ __forceinline__ void block_sums(A (&x)[n], A* shared, int warps) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -31,7 +32,6 @@ __device__ __forceinline__ void block_sums(A (&x)[n], A* shared, int warps) {
     for (int w = 0; w < warps; ++w) total += shared[w * n + k];
     x[k] = total;
   }
-  __syncthreads();
 }
 
 // Sums over blocks in two launches, in float64: each block writes its threads' n sums to partial[block][n] …
