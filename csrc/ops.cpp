@@ -50,8 +50,7 @@ STABLE_TORCH_LIBRARY(sodfast, m) {
   m.def(
       "goctconv_norm_act_backward(Tensor[] grads, Tensor[] xs, Tensor weight, Tensor bias, Tensor slope, Tensor mean, "
       "Tensor var, bool training, float eps) -> (Tensor[], Tensor, Tensor, Tensor)");
-  // The same with a depthwise 3×3 (kernel, [Σ C, 1, 3, 3]) behind it; on CUDA alone. The last result: the moments of
-  // ys, in training.
+  // The same with a depthwise 3×3 (kernel, [Σ C, 1, 3, 3]) behind it. The last result: the moments of ys, in training.
   m.def(
       "goctconv_norm_depthwise(Tensor[] xs, Tensor weight, Tensor bias, Tensor slope, Tensor running_mean, "
       "Tensor running_var, Tensor kernel, Tensor? moments, bool training, float eps) -> "

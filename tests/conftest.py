@@ -176,6 +176,15 @@ def gpu(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=marked(("cpu", *gpu_kernels.BACKENDS)))
+def kernels(request: pytest.FixtureRequest) -> str:
+    """The CPU's compiled kernels, or a way to run the CUDA kernels that is there."""
+    reason = (_backend.available() | gpu_kernels.available())[request.param]
+    if reason:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
 @pytest.fixture(params=marked(triton_kernels.BACKENDS))
 def triton(request: pytest.FixtureRequest) -> str:
     """A way to run the Triton kernels that is there."""

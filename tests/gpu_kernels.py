@@ -43,10 +43,12 @@ def available() -> dict[str, str]:
 
 
 def device_of(backend: str) -> torch.device:
-    return torch.device("cpu" if backend == "cuda-on-host" else "cuda")
+    return torch.device("cuda" if backend == "cuda" else "cpu")
 
 
 def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
+    if backend == "cpu":
+        return torch.float32, torch.float64
     wide = (torch.float64,) if backend == "cuda-on-host" else ()
     return (torch.float32, *HALVES, *wide)
 

@@ -26,14 +26,13 @@ TRAINING_OPS = {
     "goctconv",
     "goctconv_grad_input",
     "goctconv_grad_weight",
-    "goctconv_depthwise",
-    "goctconv_depthwise_grad_input",
-    "goctconv_depthwise_grad_weight",
     "goctconv_dilated",
     "goctconv_dilated_grad_input",
     "goctconv_dilated_grad_weight",
     "goctconv_norm_act",
     "goctconv_norm_act_backward",
+    "goctconv_norm_depthwise",
+    "goctconv_norm_depthwise_backward",
     "goctconv_update_stats_",
 }
 

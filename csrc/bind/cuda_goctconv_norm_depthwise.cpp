@@ -2,17 +2,10 @@
 #include <tuple>
 
 #include "bind/cuda_norm_act.h"
+#include "bind/goctconv_norm_depthwise.h"
 
 namespace sodfast {
 namespace {
-
-// A weight [Σ C, 1, 3, 3] of the parameters' dtype.
-Tensor checked_kernel(const char* op, const Tensor& kernel, int64_t n, const Tensor& weight) {
-  check_like(op, "kernel", kernel, weight);
-  check(kernel.dim() == 4 && kernel.size(0) == n && kernel.size(1) == 1 && kernel.size(2) == 3 && kernel.size(3) == 3,
-        op, "kernel must have shape (", n, ", 1, 3, 3), got ", shape_of(kernel));
-  return torch::stable::contiguous(kernel);
-}
 
 using Result = std::tuple<Tensors, Tensor, Tensor, Tensor, Tensor>;
 

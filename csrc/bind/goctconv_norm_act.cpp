@@ -1,5 +1,5 @@
 // torch.ops.sodfast.goctconv_norm_act, its gradient, and the update of the running statistics on the CPU.
-#include "bind/cpu.h"
+#include "bind/norm_act.h"
 
 namespace sodfast {
 namespace {
@@ -12,27 +12,17 @@ std::tuple<Tensors, Tensor, Tensor, Tensor> goctconv_norm_act(const Tensors& xs,
   const char* op = "goctconv_norm_act";
   const Pyramid maps = pyramid_of(op, "xs", xs);
   const int64_t n = maps.total();
-  const char* names[] = {"weight", "bias", "slope", "running_mean", "running_var"};
-  const Tensor* vectors[] = {&weight, &bias, &slope, &running_mean, &running_var};
-  Tensors v;
-  for (int i = 0; i < 5; ++i) {
-    check_vector(op, names[i], *vectors[i], n, xs[0]);
-    v.push_back(torch::stable::contiguous(*vectors[i]));
-  }
-  checked_moments(op, moments, maps, xs[0], training);  // xs is measured all the same: no CPU kernel returns them
+  const Tensors v = norm_act_vectors(op, {"weight", "bias", "slope", "running_mean", "running_var"},
+                                     {&weight, &bias, &slope, &running_mean, &running_var}, n, xs[0]);
+  const std::optional<Tensor> given = checked_moments(op, moments, maps, xs[0], training);
   const Tensor mean = empty_for(xs[0], {n}), var = empty_for(xs[0], {n}), means = empty_for(xs[0], {maps.batch, n});
   const Tensors in = contiguous_all(xs), out = empty_pyramid(xs[0], maps);
   for_dtype(xs[0], [&](auto zero) {
     using T = decltype(zero);
-    if (!training) {
-      for (int64_t i = 0; i < n; ++i) {
-        write<T>(mean)[i] = read<T>(v[3])[i];
-        write<T>(var)[i] = read<T>(v[4])[i];
-      }
-    }
-    kernels<T>().norm_act(maps, read<T>(in).data(), read<T>(v[0]), read<T>(v[1]), read<T>(v[2]), static_cast<T>(eps),
-                          training, write<T>(mean), write<T>(var), write<T>(out).data(), write<T>(means),
-                          torch_threads());
+    if (!training) copy_statistics<T>(v[3], v[4], mean, var);
+    kernels<T>().norm_act(maps, read<T>(in).data(), read<T>(v[0]), read<T>(v[1]), read<T>(v[2]), pointer_to(given),
+                          static_cast<T>(eps), training, write<T>(mean), write<T>(var), write<T>(out).data(),
+                          write<T>(means), torch_threads());
   });
   return {out, mean, var, means};
 }
@@ -46,13 +36,8 @@ std::tuple<Tensors, Tensor, Tensor, Tensor> goctconv_norm_act_backward(const Ten
   for (const Tensor& g : grads) check_like(op, "grads", g, xs[0]);
   check_pyramid(op, "grads", grads, maps);
   const int64_t n = maps.total();
-  const char* names[] = {"weight", "bias", "slope", "mean", "var"};
-  const Tensor* vectors[] = {&weight, &bias, &slope, &mean, &var};
-  Tensors v;
-  for (int i = 0; i < 5; ++i) {
-    check_vector(op, names[i], *vectors[i], n, xs[0]);
-    v.push_back(torch::stable::contiguous(*vectors[i]));
-  }
+  const Tensors v =
+      norm_act_vectors(op, {"weight", "bias", "slope", "mean", "var"}, {&weight, &bias, &slope, &mean, &var}, n, xs[0]);
   const Tensor gweight = empty_for(xs[0], {n}), gbias = empty_for(xs[0], {n}), gslope = empty_for(xs[0], {n});
   const Tensors g = contiguous_all(grads), in = contiguous_all(xs), out = empty_pyramid(xs[0], maps);
   for_dtype(xs[0], [&](auto zero) {

@@ -213,9 +213,8 @@ class ScaleBlock {
     const int64_t o = o0_ + c;
     if (y < 0) std::memset(out, 0, pitch_ * sizeof(float)), in += pitch_, out += out_pitch, ++y, --n;
     const int64_t inside = least(n, rows_ - y);
-    depthwise_rows(
-        DepthwiseRows<float>{in, pitch_, cols_, layer.weight + 9 * o, layer.bias[o], layer.slope[o], out, out_pitch},
-        inside);
+    depthwise_rows<float, Tail::zeros>(
+        {in, pitch_, cols_, layer.weight + 9 * o, layer.bias[o], layer.slope[o], out, out_pitch}, inside);
     if (inside < n) std::memset(out + inside * out_pitch, 0, (n - inside) * pitch_ * sizeof(float));
   }
 

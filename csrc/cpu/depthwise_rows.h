@@ -12,8 +12,10 @@
 namespace sodfast {
 namespace {
 
-// Rows are `pitch` items apart; in[y][-1] and in[y][cols] are zeros, and so will they be in out: behind a row there is
-// room for whole vectors.
+// What is written behind a row: zeros, where there is room for whole vectors, or nothing.
+enum class Tail { zeros, exact };
+
+// Rows are `pitch` items apart; in[y][-1] and in[y][cols] are zeros, and whole vectors can be read.
 template <class T>
 struct DepthwiseRows {
   const T* in;  // the row above the first output row
@@ -24,7 +26,7 @@ struct DepthwiseRows {
   int64_t out_pitch;
 };
 
-template <class T, int R, bool Whole>
+template <class T, int R, bool Whole, Tail Behind>
 inline void depthwise_vector(const T* in, int64_t pitch, const Vec<T>* w, Vec<T> bias, Vec<T> slope, T* out,
                              int64_t out_pitch, int64_t lanes) {
   using X = Vec<T>;
@@ -48,11 +50,14 @@ inline void depthwise_vector(const T* in, int64_t pitch, const Vec<T>* w, Vec<T>
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const X y = prelu(sum[r], slope);
-    (Whole ? y : keep(y, lanes)).store(out + r * out_pitch);
+    if (!Whole && Behind == Tail::exact)
+      y.store(out + r * out_pitch, lanes);
+    else
+      (Whole ? y : keep(y, lanes)).store(out + r * out_pitch);
   }
 }
 
-template <class T, int R>
+template <class T, int R, Tail Behind>
 inline void depthwise_block(const DepthwiseRows<T>& d, const Vec<T>* w, int64_t y) {
   constexpr int64_t L = Vec<T>::lanes;
   const Vec<T> bias(d.bias), slope(d.slope);
@@ -60,22 +65,23 @@ inline void depthwise_block(const DepthwiseRows<T>& d, const Vec<T>* w, int64_t 
   const T* in = d.in + y * pitch;
   T* out = d.out + y * out_pitch;
   int64_t x = 0;
-  for (; x + L <= cols; x += L) depthwise_vector<T, R, true>(in + x, pitch, w, bias, slope, out + x, out_pitch, L);
+  for (; x + L <= cols; x += L)
+    depthwise_vector<T, R, true, Behind>(in + x, pitch, w, bias, slope, out + x, out_pitch, L);
   if (x < cols)
-    depthwise_vector<T, R, false>(in + x, pitch, w, bias, slope, out + x, out_pitch, cols - x);
-  else
+    depthwise_vector<T, R, false, Behind>(in + x, pitch, w, bias, slope, out + x, out_pitch, cols - x);
+  else if (Behind == Tail::zeros)
     for (int r = 0; r < R; ++r) Vec<T>(T(0)).store(out + r * out_pitch + x);
 }
 
-template <class T>
+template <class T, Tail Behind>
 void depthwise_rows(const DepthwiseRows<T>& d, int64_t rows) {
   constexpr int R = Tile::rows;
   Vec<T> w[9];
   for (int i = 0; i < 9; ++i) w[i] = Vec<T>(d.weight[i]);
   int64_t y = 0;
-  for (; y + R <= rows; y += R) depthwise_block<T, R>(d, w, y);
-  for (; y + 2 <= rows; y += 2) depthwise_block<T, 2>(d, w, y);
-  for (; y < rows; ++y) depthwise_block<T, 1>(d, w, y);
+  for (; y + R <= rows; y += R) depthwise_block<T, R, Behind>(d, w, y);
+  for (; y + 2 <= rows; y += 2) depthwise_block<T, 2, Behind>(d, w, y);
+  for (; y < rows; ++y) depthwise_block<T, 1, Behind>(d, w, y);
 }
 
 }  // namespace

@@ -7,30 +7,32 @@
 #include "cpu/kernels.h"
 #include "cpu/maps.h"
 
-#define SODFAST_DECLARE(isa)                \
-  namespace isa {                           \
-  template <class T>                        \
-  void add_goctconv(Kernels<T>&);           \
-  template <class T>                        \
-  void add_goctconv_depthwise(Kernels<T>&); \
-  template <class T>                        \
-  void add_goctconv_dilated(Kernels<T>&);   \
-  template <class T>                        \
-  void add_goctconv_norm_act(Kernels<T>&);  \
-  template <class T>                        \
-  void add_decay(Kernels<T>&);              \
-  template <class T>                        \
-  void add_scfm(Kernels<T>&);               \
-  template <class T>                        \
-  void add_boundary(Kernels<T>&);           \
-  template <class T>                        \
-  void add_dkd(Kernels<T>&);                \
-  void add_block(MapKernels&);              \
-  void add_bank(MapKernels&);               \
-  void add_conv(MapKernels&);               \
-  void add_depthwise(MapKernels&);          \
-  void add_gate(MapKernels&);               \
-  void add_upsample(MapKernels&);           \
+#define SODFAST_DECLARE(isa)                     \
+  namespace isa {                                \
+  template <class T>                             \
+  void add_goctconv(Kernels<T>&);                \
+  template <class T>                             \
+  void add_goctconv_depthwise(Kernels<T>&);      \
+  template <class T>                             \
+  void add_goctconv_dilated(Kernels<T>&);        \
+  template <class T>                             \
+  void add_goctconv_norm_act(Kernels<T>&);       \
+  template <class T>                             \
+  void add_goctconv_norm_depthwise(Kernels<T>&); \
+  template <class T>                             \
+  void add_decay(Kernels<T>&);                   \
+  template <class T>                             \
+  void add_scfm(Kernels<T>&);                    \
+  template <class T>                             \
+  void add_boundary(Kernels<T>&);                \
+  template <class T>                             \
+  void add_dkd(Kernels<T>&);                     \
+  void add_block(MapKernels&);                   \
+  void add_bank(MapKernels&);                    \
+  void add_conv(MapKernels&);                    \
+  void add_depthwise(MapKernels&);               \
+  void add_gate(MapKernels&);                    \
+  void add_upsample(MapKernels&);                \
   }
 
 namespace sodfast {
@@ -50,18 +52,19 @@ struct Isa {
   MapKernels maps;
 };
 
-#define SODFAST_TABLE(isa, T)              \
-  [] {                                     \
-    Kernels<T> table{};                    \
-    isa::add_goctconv<T>(table);           \
-    isa::add_goctconv_depthwise<T>(table); \
-    isa::add_goctconv_dilated<T>(table);   \
-    isa::add_goctconv_norm_act<T>(table);  \
-    isa::add_decay<T>(table);              \
-    isa::add_scfm<T>(table);               \
-    isa::add_boundary<T>(table);           \
-    isa::add_dkd<T>(table);                \
-    return table;                          \
+#define SODFAST_TABLE(isa, T)                   \
+  [] {                                          \
+    Kernels<T> table{};                         \
+    isa::add_goctconv<T>(table);                \
+    isa::add_goctconv_depthwise<T>(table);      \
+    isa::add_goctconv_dilated<T>(table);        \
+    isa::add_goctconv_norm_act<T>(table);       \
+    isa::add_goctconv_norm_depthwise<T>(table); \
+    isa::add_decay<T>(table);                   \
+    isa::add_scfm<T>(table);                    \
+    isa::add_boundary<T>(table);                \
+    isa::add_dkd<T>(table);                     \
+    return table;                               \
   }()
 
 #define SODFAST_MAPS(isa)      \

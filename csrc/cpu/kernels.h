@@ -49,12 +49,23 @@ struct Kernels {
                               const Parallel&);
 
   // gamma, beta, slope, mean, var: [total]. Training fills mean and var (biased); otherwise it reads them.
-  // channel_means: [batch, total], the spatial mean of the result.
-  void (*norm_act)(const Pyramid&, const T* const* xs, const T* gamma, const T* beta, const T* slope, T eps,
-                   bool training, T* mean, T* var, T* const* ys, T* channel_means, const Parallel&);
+  // channel_means: [batch, total], the spatial mean of the result. moments: [total, batch, 2], mean and Σ (x - mean)²
+  // of every plane of xs, for training; null: they are measured.
+  void (*norm_act)(const Pyramid&, const T* const* xs, const T* gamma, const T* beta, const T* slope,
+                   const double* moments, T eps, bool training, T* mean, T* var, T* const* ys, T* channel_means,
+                   const Parallel&);
   void (*norm_act_backward)(const Pyramid&, const T* const* gys, const T* const* xs, const T* gamma, const T* beta,
                             const T* slope, const T* mean, const T* var, T eps, bool training, T* const* gxs, T* ggamma,
                             T* gbeta, T* gslope, const Parallel&);
+  // The same with a depthwise 3×3 behind it (weight: [total, 3, 3]); channel_means are of what it convolves. Training
+  // fills out_moments, of ys.
+  void (*norm_depthwise)(const Pyramid&, const T* const* xs, const T* gamma, const T* beta, const T* slope,
+                         const T* weight, const double* moments, T eps, bool training, T* mean, T* var, T* const* ys,
+                         T* channel_means, double* out_moments, const Parallel&);
+  void (*norm_depthwise_backward)(const Pyramid&, const T* const* gys, const T* const* xs, const T* gamma,
+                                  const T* beta, const T* slope, const T* mean, const T* var, const T* weight, T eps,
+                                  bool training, T* const* gxs, T* ggamma, T* gbeta, T* gslope, T* gweight,
+                                  const Parallel&);
 
   // Adds λ f mean|means| γ to the gradients where a layer has one, otherwise takes it from γ.
   void (*decay)(const DecayLayer<T>*, int64_t layers, double lambda, bool absolute);

@@ -27,6 +27,8 @@ void add_goctconv_dilated(Kernels<T>&);
 template <class T>
 void add_goctconv_norm_act(Kernels<T>&);
 template <class T>
+void add_goctconv_norm_depthwise(Kernels<T>&);
+template <class T>
 void add_decay(Kernels<T>&);
 template <class T>
 void add_scfm(Kernels<T>&);

@@ -91,7 +91,8 @@ class ILBlock(nn.Module):
                 self.conv1.stride,
             )
         if self._norms_into_convolutions(xs[0]):  # the same, without their results in memory
-            ys, moments = self.conv1.measured(xs) if self.training else (self.conv1(xs), None)
+            measured = self.training and has_kernel("goctconv_measured", xs[0])  # on CUDA
+            ys, moments = self.conv1.measured(xs) if measured else (self.conv1(xs), None)
             ys, moments = self.norm1.into(self.conv2, ys, moments)
             ys, moments = self.norm2.into(self.conv3, ys, moments)
             # Who watches the last norm, or replaced it, gets the call of any norm.

@@ -44,8 +44,8 @@ def goctconv_norm_act(
             B·H·W) instead of the running ones.
         eps: added to the variance; at least 0.
         moments: what :func:`goctconv_measured` or :func:`goctconv_norm_depthwise` returned with xs
-            as its result: spares the CUDA kernel a pass over xs, the others measure xs anyway.
-            None, or (sum of C_i, B, 2), float64; in training only.
+            as its result: spares the compiled kernels a pass over xs. None, or (sum of C_i, B, 2),
+            float64; in training only.
 
     All tensors share one device and, but for moments, one dtype (float32 or float64 in the CPU
     kernels, float32, float16 or bfloat16 in the CUDA kernels, other floating dtypes by the

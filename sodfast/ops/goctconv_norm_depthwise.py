@@ -1,4 +1,4 @@
-"""Batch normalisation, PReLU and the depthwise 3x3 behind them, for training on CUDA."""
+"""Batch normalisation, PReLU and the depthwise 3x3 behind them, for training."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,9 +33,9 @@ def goctconv_norm_depthwise(
               \beta\Big), \qquad o_c = w_c * y_c
 
     What :func:`goctconv_norm_act` and :func:`goctconv_depthwise` do one after the other, as an
-    ILBlock does twice (CSNet, section 3.2). The CUDA kernel never writes y: it normalises what the
-    convolution reads, and the backward makes y again from xs, which alone is kept. It has a
-    kernel on CUDA alone; elsewhere :class:`sodfast.nn.ILBlock` calls the two ops.
+    ILBlock does twice (CSNet, section 3.2). The compiled kernels never write y: they normalise
+    what the convolution reads, and the backward makes y again from xs, which alone is kept. With
+    them :class:`sodfast.nn.ILBlock` trains by this op, elsewhere by the two.
 
     Args:
         xs: 1 to 4 tensors, high resolution first; scale i is (B, C_i, H/2^i, W/2^i) exactly.
@@ -49,8 +49,9 @@ def goctconv_norm_depthwise(
             B·H·W) instead of the running ones.
         eps: added to the variance; at least 0.
 
-    All tensors but moments share one device and one dtype (float32, float16 or bfloat16 in the
-    CUDA kernel, any in the reference). Under autocast on CUDA everything but xs may stay float32.
+    All tensors but moments share one device and one dtype (float32 or float64 in the CPU kernel,
+    float32, float16 or bfloat16 in the CUDA kernel, any in the reference). Under autocast
+    everything runs in float32 on the CPU; on CUDA everything but xs may stay float32.
     NaN and infinity propagate.
 
     Returns:
@@ -167,11 +168,5 @@ def _backward(ctx: Any, grads: list[Tensor], *_: Tensor) -> tuple:
     return grad_xs, grad_weight, grad_bias, grad_slope, None, None, grad_kernel, None, None, None
 
 
-register(
-    "goctconv_norm_depthwise",
-    fake=_fake,
-    backward=_backward,
-    setup_context=_setup_context,
-    autocast=False,
-)
-register("goctconv_norm_depthwise_backward", fake=_fake_backward, autocast=False)
+register("goctconv_norm_depthwise", fake=_fake, backward=_backward, setup_context=_setup_context)
+register("goctconv_norm_depthwise_backward", fake=_fake_backward)

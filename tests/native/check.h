@@ -155,6 +155,7 @@ void test_goctconv(int cases);
 void test_depthwise(int cases);
 void test_dilated(int cases);
 void test_norm_act(int cases);
+void test_norm_depthwise(int cases);
 void test_decay(int cases);
 void test_scfm(int cases);
 void test_boundary(int cases);

@@ -12,6 +12,7 @@ int main(int argc, char** argv) {
   sodfast::test::test_depthwise(cases);
   sodfast::test::test_dilated(cases);
   sodfast::test::test_norm_act(cases);
+  sodfast::test::test_norm_depthwise(cases);
   sodfast::test::test_decay(cases);
   sodfast::test::test_scfm(cases);
   sodfast::test::test_boundary(cases);

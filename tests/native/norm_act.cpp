@@ -55,8 +55,8 @@ void run(const std::string& name, const Case& c, const Case& expected, const std
   const int64_t n = c.maps.total();
   Maps<T> in(c.xs), out(c.maps, NAN), v({c.gamma, c.beta, c.slope, c.mean, c.var});
   Maps<T> means({Values(static_cast<size_t>(c.maps.batch * n), NAN)});
-  kernels<T>().norm_act(c.maps, in.read(), v[0], v[1], v[2], static_cast<T>(c.eps), c.training, v[3], v[4], out.write(),
-                        means[0], backwards());
+  kernels<T>().norm_act(c.maps, in.read(), v[0], v[1], v[2], nullptr, static_cast<T>(c.eps), c.training, v[3], v[4],
+                        out.write(), means[0], backwards());
   expect_equal(name + " forward", out.values(), y, tolerance);
   if (c.maps.batch == 0) return;
   expect_equal(name + " mean and var", {v.values()[3], v.values()[4]}, {expected.mean, expected.var}, tolerance);

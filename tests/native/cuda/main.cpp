@@ -7,7 +7,6 @@
 
 namespace sodfast::test {
 void test_ilblock(int cases);
-void test_norm_depthwise(int cases);
 }  // namespace sodfast::test
 
 int races = 0;

@@ -82,13 +82,14 @@ Kernels<T> table() {
     check(cuda::dilated_grad_weight(type<T>, shape, in(gys), in(xs), out(gweights), workspace, nullptr),
           "dilated grad_weight");
   };
-  k.norm_act = [](const Pyramid& maps, const T* const* xs, const T* gamma, const T* beta, const T* slope, T eps,
-                  bool training, T* mean, T* var, T* const* ys, T* channel_means, const Parallel&) {
+  k.norm_act = [](const Pyramid& maps, const T* const* xs, const T* gamma, const T* beta, const T* slope,
+                  const double* moments, T eps, bool training, T* mean, T* var, T* const* ys, T* channel_means,
+                  const Parallel&) {
     const size_t n = static_cast<size_t>(maps.total());
     const std::vector<T> running_mean(mean, mean + n), running_var(var, var + n);
-    const Workspace workspace(cuda::norm_act_workspace(type<T>, maps));
+    const Workspace workspace(moments != nullptr ? 0 : cuda::norm_act_workspace(type<T>, maps));
     check(cuda::norm_act(type<T>, maps, in(xs), {vector(gamma), vector(beta), vector(slope)},
-                         vector(running_mean.data()), vector(running_var.data()), nullptr, eps, training, vector(mean),
+                         vector(running_mean.data()), vector(running_var.data()), moments, eps, training, vector(mean),
                          vector(var), out(ys), vector(channel_means), workspace, nullptr),
           "norm_act");
   };
@@ -100,6 +101,29 @@ Kernels<T> table() {
                                   vector(mean), vector(var), eps, training, out(gxs), vector(ggamma), vector(gbeta),
                                   vector(gslope), workspace, nullptr),
           "norm_act_backward");
+  };
+  k.norm_depthwise = [](const Pyramid& maps, const T* const* xs, const T* gamma, const T* beta, const T* slope,
+                        const T* weight, const double* moments, T eps, bool training, T* mean, T* var, T* const* ys,
+                        T* channel_means, double* out_moments, const Parallel&) {
+    const size_t n = static_cast<size_t>(maps.total());
+    const std::vector<T> running_mean(mean, mean + n), running_var(var, var + n);
+    const Workspace workspace(moments != nullptr ? 0 : cuda::norm_depthwise_workspace(type<T>, maps));
+    check(cuda::norm_depthwise(type<T>, maps, in(xs), {vector(gamma), vector(beta), vector(slope)},
+                               vector(running_mean.data()), vector(running_var.data()), vector(weight), moments, eps,
+                               training, vector(mean), vector(var), out(ys), vector(channel_means), out_moments,
+                               workspace, nullptr),
+          "norm_depthwise");
+  };
+  k.norm_depthwise_backward = [](const Pyramid& maps, const T* const* gys, const T* const* xs, const T* gamma,
+                                 const T* beta, const T* slope, const T* mean, const T* var, const T* weight, T eps,
+                                 bool training, T* const* gxs, T* ggamma, T* gbeta, T* gslope, T* gweight,
+                                 const Parallel&) {
+    const Workspace workspace(cuda::norm_depthwise_backward_workspace(type<T>, maps));
+    check(cuda::norm_depthwise_backward(type<T>, maps, in(gys), in(xs), {vector(gamma), vector(beta), vector(slope)},
+                                        vector(mean), vector(var), vector(weight), eps, training, out(gxs),
+                                        vector(ggamma), vector(gbeta), vector(gslope), vector(gweight), workspace,
+                                        nullptr),
+          "norm_depthwise_backward");
   };
   const auto layers_of = [](const DecayLayer<T>* layers, int64_t number) {
     std::vector<cuda::DecayLayer> list;
