@@ -23,6 +23,7 @@ REFERENCES = {
     "goctconv_depthwise": ["goctconv_depthwise_reference"],
     "goctconv_dilated": ["goctconv_dilated_reference"],
     "goctconv_norm_act": ["goctconv_norm_act_reference", "goctconv_update_stats_reference_"],
+    "goctconv_norm_depthwise": ["goctconv_norm_depthwise_reference"],
 }
 
 
