@@ -24,6 +24,10 @@ const T* read(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
 }
 template <class T>
+const T* read(const std::optional<Tensor>& x) {  // null where there is none
+  return x.has_value() ? read<T>(*x) : nullptr;
+}
+template <class T>
 T* write(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }

@@ -1,6 +1,7 @@
 // torch.ops.sodfast.goctconv_norm_act, its gradient, and the update of the running statistics on CUDA. Parameters and
 // statistics may stay float32 beside half-precision maps, as under autocast.
-#include "bind/cuda_norm_act.h"
+#include "bind/cuda.h"
+#include "bind/norm_act.h"
 
 namespace sodfast {
 namespace {

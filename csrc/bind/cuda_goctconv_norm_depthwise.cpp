@@ -1,8 +1,8 @@
 // torch.ops.sodfast.goctconv_norm_depthwise and its gradients on CUDA.
 #include <tuple>
 
-#include "bind/cuda_norm_act.h"
-#include "bind/goctconv_norm_depthwise.h"
+#include "bind/cuda.h"
+#include "bind/norm_act.h"
 
 namespace sodfast {
 namespace {
@@ -20,8 +20,7 @@ Result goctconv_norm_depthwise(const Tensors& xs, const Tensor& weight, const Te
   const Tensor w = checked_kernel(op, kernel, n, weight);
   const std::optional<Tensor> given = checked_moments(op, moments, maps, xs[0], training);
   const Tensor mean = empty_for(weight, {n}), var = empty_for(weight, {n}), means = empty_for(weight, {maps.batch, n});
-  const std::vector<int64_t> size = training ? std::vector<int64_t>{n, maps.batch, 2} : std::vector<int64_t>{0};
-  const Tensor out_moments = torch::stable::new_empty(xs[0], size, ScalarType::Double);
+  const Tensor out_moments = empty_moments(xs[0], maps, training);
   const Tensors in = contiguous_all(xs), out = empty_pyramid(xs[0], maps);
   const cuda::Type type = type_of(xs[0]);
   const Tensor partial =

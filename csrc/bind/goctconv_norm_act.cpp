@@ -1,4 +1,5 @@
 // torch.ops.sodfast.goctconv_norm_act, its gradient, and the update of the running statistics on the CPU.
+#include "bind/cpu.h"
 #include "bind/norm_act.h"
 
 namespace sodfast {
@@ -15,12 +16,12 @@ std::tuple<Tensors, Tensor, Tensor, Tensor> goctconv_norm_act(const Tensors& xs,
   const Tensors v = norm_act_vectors(op, {"weight", "bias", "slope", "running_mean", "running_var"},
                                      {&weight, &bias, &slope, &running_mean, &running_var}, n, xs[0]);
   const std::optional<Tensor> given = checked_moments(op, moments, maps, xs[0], training);
-  const Tensor mean = empty_for(xs[0], {n}), var = empty_for(xs[0], {n}), means = empty_for(xs[0], {maps.batch, n});
+  const Tensor mean = torch::stable::clone(v[3]), var = torch::stable::clone(v[4]);  // overwritten in training
+  const Tensor means = empty_for(xs[0], {maps.batch, n});
   const Tensors in = contiguous_all(xs), out = empty_pyramid(xs[0], maps);
   for_dtype(xs[0], [&](auto zero) {
     using T = decltype(zero);
-    if (!training) copy_statistics<T>(v[3], v[4], mean, var);
-    kernels<T>().norm_act(maps, read<T>(in).data(), read<T>(v[0]), read<T>(v[1]), read<T>(v[2]), pointer_to(given),
+    kernels<T>().norm_act(maps, read<T>(in).data(), read<T>(v[0]), read<T>(v[1]), read<T>(v[2]), read<double>(given),
                           static_cast<T>(eps), training, write<T>(mean), write<T>(var), write<T>(out).data(),
                           write<T>(means), torch_threads());
   });

@@ -1,8 +1,7 @@
 // torch.ops.sodfast.goctconv_norm_depthwise and its gradients on the CPU.
-#include "bind/goctconv_norm_depthwise.h"
-
 #include <tuple>
 
+#include "bind/cpu.h"
 #include "bind/norm_act.h"
 
 namespace sodfast {
@@ -20,15 +19,13 @@ Result goctconv_norm_depthwise(const Tensors& xs, const Tensor& weight, const Te
                                      {&weight, &bias, &slope, &running_mean, &running_var}, n, xs[0]);
   const Tensor w = checked_kernel(op, kernel, n, weight);
   const std::optional<Tensor> given = checked_moments(op, moments, maps, xs[0], training);
-  const Tensor mean = empty_for(xs[0], {n}), var = empty_for(xs[0], {n}), means = empty_for(xs[0], {maps.batch, n});
-  const std::vector<int64_t> size = training ? std::vector<int64_t>{n, maps.batch, 2} : std::vector<int64_t>{0};
-  const Tensor out_moments = torch::stable::new_empty(xs[0], size, ScalarType::Double);
+  const Tensor mean = torch::stable::clone(v[3]), var = torch::stable::clone(v[4]);  // overwritten in training
+  const Tensor means = empty_for(xs[0], {maps.batch, n}), out_moments = empty_moments(xs[0], maps, training);
   const Tensors in = contiguous_all(xs), out = empty_pyramid(xs[0], maps);
   for_dtype(xs[0], [&](auto zero) {
     using T = decltype(zero);
-    if (!training) copy_statistics<T>(v[3], v[4], mean, var);
     kernels<T>().norm_depthwise(maps, read<T>(in).data(), read<T>(v[0]), read<T>(v[1]), read<T>(v[2]), read<T>(w),
-                                pointer_to(given), static_cast<T>(eps), training, write<T>(mean), write<T>(var),
+                                read<double>(given), static_cast<T>(eps), training, write<T>(mean), write<T>(var),
                                 write<T>(out).data(), write<T>(means), write<double>(out_moments), torch_threads());
   });
   return {out, mean, var, means, out_moments};

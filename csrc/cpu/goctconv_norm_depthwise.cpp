@@ -10,7 +10,7 @@
 //
 //   gy = w turned around * g,   gw[k] = Σ g · y shifted by k,   then as goctconv_norm_act's
 //
-// reads g and x, writes gy where gx will be, reads both again and writes gx: 5 accesses for 9.
+// reads g and x, writes gy where gx will be, reads that and x again and writes gx: 6 accesses for 9.
 #include "cpu/depthwise_rows.h"
 #include "cpu/norm_act.h"
 #include "cpu/table.h"
