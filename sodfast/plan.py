@@ -132,7 +132,7 @@ class PlanBuilder:
         Args:
             x: the input; the image for a 3x3 only.
             conv: without groups, padded to keep the size; a 3x3 may have stride 2 or a dilation.
-            activation: an nn.ReLU, an nn.Hardswish, or None.
+            activation: an nn.ReLU, nn.ReLU6 or nn.Hardswish, or None.
             up, multiply: the input is ``x + x up(up)``, or ``x + up(up)``; 3x3 only.
             gate: scales the channels of ``x``; 1x1 only.
             add: is added before the activation; 1x1 only.
@@ -227,7 +227,7 @@ class PlanBuilder:
 
 
 def _activation(module: nn.Module | None) -> int:
-    for number, kind in enumerate((type(None), nn.ReLU, nn.Hardswish)):
+    for number, kind in enumerate((type(None), nn.ReLU, nn.Hardswish, nn.ReLU6)):
         if isinstance(module, kind):
             return number
     raise NotImplementedError(f"a plan has no step with {module}")

@@ -12,6 +12,7 @@ from torch import nn
 
 import sodfast
 from sodfast.models import load_encoder_weights
+from sodfast.models.efficientnet_lite import EfficientNetLite0
 from sodfast.models.encoder_names import their_names
 from sodfast.models.encoders import make_encoder
 from sodfast.models.mobilenet_v3 import MobileNetV3Large
@@ -289,7 +290,7 @@ def test_vgg_in_torchvision_naming(tmp_path):
 
 
 # Their name, our name and the shape, as they stand in the files that are published.
-MOBILENET = {
+MOBILE_NAMES = {
     "torchvision": [
         ("features.0.0.weight", "stem.0.weight", (16, 3, 3, 3)),
         ("features.1.block.0.0.weight", "units.0.depthwise.0.weight", (16, 1, 3, 3)),
@@ -320,21 +321,50 @@ MOBILENET = {
         ("blocks.3.mid_se.conv1.weight", "units.3.squeeze.reduce.weight", (18, 72, 1, 1)),
         ("blocks.14.linear_conv.bn._variance", "units.14.project.1.running_var", (160,)),
     ],
+    "timm, EfficientNet": [
+        ("conv_stem.weight", "stem.0.weight", (32, 3, 3, 3)),
+        ("bn1.running_var", "stem.1.running_var", (32,)),
+        ("blocks.0.0.conv_dw.weight", "stages.0.0.depthwise.0.weight", (32, 1, 3, 3)),
+        ("blocks.0.0.conv_pw.weight", "stages.0.0.project.0.weight", (16, 32, 1, 1)),
+        ("blocks.1.0.conv_pw.weight", "stages.1.0.expand.0.weight", (96, 16, 1, 1)),
+        ("blocks.5.3.conv_dw.weight", "stages.5.3.depthwise.0.weight", (1152, 1, 5, 5)),
+        ("blocks.6.0.bn3.bias", "stages.6.0.project.1.bias", (320,)),
+    ],
+    "efficientnet_pytorch": [
+        ("_conv_stem.weight", "stem.0.weight", (32, 3, 3, 3)),
+        ("_bn0.running_var", "stem.1.running_var", (32,)),
+        ("_blocks.0._depthwise_conv.weight", "stages.0.0.depthwise.0.weight", (32, 1, 3, 3)),
+        ("_blocks.0._bn2.weight", "stages.0.0.project.1.weight", (16,)),
+        ("_blocks.1._expand_conv.weight", "stages.1.0.expand.0.weight", (96, 16, 1, 1)),
+        ("_blocks.10._project_conv.weight", "stages.4.2.project.0.weight", (112, 672, 1, 1)),
+        ("_blocks.15._bn0.running_mean", "stages.6.0.expand.1.running_mean", (1152,)),
+    ],
 }
-MOBILENET_HEADS = {
+MOBILE_HEADS = {
     "torchvision": ["features.16.0.weight", "classifier.0.weight", "classifier.3.bias"],
     "timm": ["blocks.6.0.conv.weight", "conv_head.weight", "classifier.bias"],
     "paddle": ["last_second_conv.conv.weight", "last_conv.weight", "fc.bias"],
+    "timm, EfficientNet": ["conv_head.weight", "bn2.running_mean", "classifier.bias"],
+    "efficientnet_pytorch": ["_conv_head.weight", "_bn1.running_mean", "_fc.bias"],
+}
+MOBILE = {
+    "paddle": lambda: MobileNetV3Large(1.0, "paddle"),
+    "timm, EfficientNet": EfficientNetLite0,
+    "efficientnet_pytorch": EfficientNetLite0,
 }
 
 
-@pytest.mark.parametrize("naming", MOBILENET)
-def test_mobilenet_in_every_naming(naming, tmp_path):
-    encoder = MobileNetV3Large(1.0, "paddle" if naming == "paddle" else "torchvision")
+@pytest.mark.parametrize("naming", MOBILE_NAMES)
+def test_mobile_encoders_in_every_naming(naming, tmp_path):
+    encoder = MOBILE.get(naming, lambda: MobileNetV3Large(1.0, "torchvision"))()
     own = encoder.state_dict()
-    marker = {MOBILENET[naming][0][0]: 0, MOBILENET[naming][1][0]: 0, MOBILENET[naming][2][0]: 0}
+    marker = {
+        MOBILE_NAMES[naming][0][0]: 0,
+        MOBILE_NAMES[naming][1][0]: 0,
+        MOBILE_NAMES[naming][2][0]: 0,
+    }
     names = their_names(encoder, marker)
-    for their_name, name, shape in MOBILENET[naming]:
+    for their_name, name, shape in MOBILE_NAMES[naming]:
         assert names[name] == their_name
         assert tuple(own[name].shape) == shape
     assert len(set(names.values())) == len(own)  # no two go to the same
@@ -342,7 +372,7 @@ def test_mobilenet_in_every_naming(naming, tmp_path):
         names[name]: torch.full_like(x, n / 8) for n, (name, x) in enumerate(own.items())
         if x.is_floating_point()
     }  # fmt: skip
-    head = dict.fromkeys(MOBILENET_HEADS[naming], torch.zeros(1))
+    head = dict.fromkeys(MOBILE_HEADS[naming], torch.zeros(1))
     torch.save(state | head, tmp_path / "weights.pth")
     assert load_encoder_weights(encoder, tmp_path / "weights.pth") == list(head)
     for name, x in encoder.state_dict().items():

@@ -134,6 +134,7 @@ SIZES = [(32, 32), (48, 112), (96, 80), (16, 720)]
         (5, 13, 5, False, nn.ReLU, "paddle"),
         (8, 33, 11, True, nn.Hardswish, "paddle"),
         (7, 7, 7, True, nn.ReLU, "torchvision"),
+        (4, 24, 4, False, nn.ReLU6, "torchvision"),
         (1, 1, 1, False, nn.Hardswish, "paddle"),
     ],
 )
@@ -143,6 +144,9 @@ def test_inverted_residual(
     torch.manual_seed(0)
     unit = Unit(ins, expanded, outs, kernel, stride, excite, activation, form)
     model = settled(Steps(ins, outs, unit), torch.randn(4, 3, 64, 64))
+    if activation is nn.ReLU6:  # so that some of what it sees exceeds 6
+        for layer in (unit.expand, unit.depthwise):
+            layer[1].bias.data += 5
     agrees(sodfast.fuse(model), model, torch.randn(1, 3, *size), 2e-5)
 
 
@@ -247,7 +251,7 @@ def test_bad_files_are_refused(model, tmp_path):
         "has a kernel of size 2": (conv[0] + 8, 2),
         "has stride 3": (conv[0] + 12, 3),
         "has dilation 2": (conv[0] + 16, 2),  # with stride 2
-        "unknown activation 3": (conv[0] + 20, 3),
+        "unknown activation 4": (conv[0] + 20, 4),
         "unknown fusion 1": (conv[0] + 24, 1),  # of nothing
         "reads tensor 0, which is no dense map": (depthwise[0], 0),
         "has a kernel of size 7": (depthwise[0] + 8, 7),

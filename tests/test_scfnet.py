@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import sodfast
 from sodfast.data.synth import write_scenes
+from sodfast.models.efficientnet_lite import EfficientNetLite0
 from sodfast.models.encoders import make_encoder
 from sodfast.models.mobilenet_v3 import MobileNetV3Large
 from sodfast.models.vgg import VGG
@@ -85,6 +86,7 @@ def test_work_as_published():
         # torchvision's counts, less the last convolution and the classifier
         (lambda: MobileNetV3Large(1.0, "torchvision"), 5_483_032,
          960 * 160 + 2 * 960 + 961 * 1280 + 1281 * 1000),
+        (EfficientNetLite0, 4_652_008, 320 * 1280 + 2 * 1280 + 1281 * 1000),
         (lambda: VGG(16), 138_357_544, 25089 * 4096 + 4097 * 4096 + 4097 * 1000),
         (lambda: VGG(19), 143_667_240, 25089 * 4096 + 4097 * 4096 + 4097 * 1000),
     ],
@@ -110,7 +112,8 @@ def test_swin_b_has_the_published_count():
 @pytest.mark.parametrize(
     ("name", "strides"),
     [("mobilenet_v3_large_050", (4, 8, 16, 32)), ("mobilenet_v3_large_100_torchvision",
-     (4, 8, 16, 32)), ("vgg16", (2, 4, 8, 16)), ("resnet50", (4, 8, 16, 32))],
+     (4, 8, 16, 32)), ("efficientnet_lite0", (4, 8, 16, 32)), ("vgg16", (2, 4, 8, 16)),
+     ("resnet50", (4, 8, 16, 32))],
 )  # fmt: skip
 def test_encoders_give_four_features(name, strides):
     encoder = make_encoder(name, in_channels=4).eval()

@@ -14,7 +14,7 @@ namespace sodfast {
 
 constexpr int max_scales = 4;
 
-enum class Activation : uint32_t { none, relu, hardswish };
+enum class Activation : uint32_t { none, relu, hardswish, relu6 };
 
 struct Pyramid {
   int scales = 0;

@@ -244,10 +244,14 @@ inline Vec<T> prelu(Vec<T> x, Vec<T> slope) {
   return where_greater(x, Vec<T>(T(0)), x, x * slope);
 }
 
-// NaN stays NaN in both.
+// NaN stays NaN in all three.
 template <class T>
 inline Vec<T> relu(Vec<T> x) {
   return max_or_second(Vec<T>(T(0)), x);
+}
+template <class T>
+inline Vec<T> relu6(Vec<T> x) {
+  return min_or_second(Vec<T>(T(6)), relu(x));
 }
 // x · min(max(x + 3, 0), 6) / 6
 template <class T>

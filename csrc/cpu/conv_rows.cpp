@@ -63,8 +63,9 @@ inline void conv_tile(const RowConv<T>& r, const T* w, int64_t o0, const Place* 
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) sum[o][v] = f(sum[o][v]);
     };
-    r.activation == Activation::relu ? activate([](X x) { return relu(x); })
-                                     : activate([](X x) { return hardswish(x); });
+    if (r.activation == Activation::relu) activate([](X x) { return relu(x); });
+    if (r.activation == Activation::relu6) activate([](X x) { return relu6(x); });
+    if (r.activation == Activation::hardswish) activate([](X x) { return hardswish(x); });
   }
   if (r.head != nullptr) {
 #pragma GCC unroll 8

@@ -73,6 +73,7 @@ struct Lines {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const V y = activation == Activation::relu        ? relu(sum[r])
+                    : activation == Activation::relu6     ? relu6(sum[r])
                     : activation == Activation::hardswish ? hardswish(sum[r])
                                                           : sum[r];
         store(y, out + r * cols + x, n);

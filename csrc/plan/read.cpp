@@ -228,7 +228,7 @@ class Plan::Reader {
     return t;
   }
   Activation activation(uint32_t word) {
-    check(word <= static_cast<uint32_t>(Activation::hardswish), "step ", step_, " has unknown activation ", word);
+    check(word <= static_cast<uint32_t>(Activation::relu6), "step ", step_, " has unknown activation ", word);
     return static_cast<Activation>(word);
   }
   // The stride between two maps; the work may need even sizes one level further down than the tensors do.

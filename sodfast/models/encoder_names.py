@@ -1,12 +1,14 @@
-"""What others call the weights of our encoders: torchvision, timm, transformers, PaddleClas.
+"""What others call the weights of our encoders: torchvision, timm, transformers, PaddleClas,
+efficientnet_pytorch.
 
 :func:`their_names` finds out which naming a state dict has by a name that only it contains.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
+from .efficientnet_lite import STAGES, EfficientNetLite0
 from .encoders import AutoBackboneEncoder
 from .mobilenet_v3 import MobileNetV3Large
 from .resnet import ResNet50
@@ -20,15 +22,21 @@ _MOBILENET = {
     "paddle": ("last_second_conv.", "last_conv.", "fc."),
     "torchvision": ("classifier.", "features.16.", "blocks.6.", "conv_head."),
 }
+_EFFICIENTNET = {
+    "_conv_stem.weight": ("_conv_head.", "_bn1.", "_fc."),
+    "conv_stem.weight": ("conv_head.", "bn2.", "classifier."),
+}
 _VGG = ("classifier.", "pre_logits.", "head.")
 _TRANSFORMERS = ("classifier.", "head.")
 
 
-def surplus(encoder: nn.Module, names: Iterable[str]) -> list[str]:
+def surplus(encoder: nn.Module, names: Collection[str]) -> list[str]:
     """Those names in a file that belong to the classifier and what leads to it."""
     beginnings: tuple[str, ...] = _RESNET
     if isinstance(encoder, MobileNetV3Large):
         beginnings = _MOBILENET[encoder.form]
+    elif isinstance(encoder, EfficientNetLite0):
+        beginnings = next((words for stem, words in _EFFICIENTNET.items() if stem in names), ())
     elif isinstance(encoder, VGG):
         beginnings = _VGG
     elif isinstance(encoder, AutoBackboneEncoder):
@@ -56,6 +64,11 @@ def _namings(encoder: nn.Module) -> list[tuple[str, Callable[[str], str]]]:
             ("blocks.0.expand_conv.conv.weight", paddle_name),
             ("features.1.block.0.0.weight", _mobilenet_in_torchvision),
             ("conv_stem.weight", _mobilenet_in_timm),
+        ]
+    if isinstance(encoder, EfficientNetLite0):
+        return [
+            ("_conv_stem.weight", _efficientnet_in_lukemelas),
+            ("conv_stem.weight", _efficientnet_in_timm),
         ]
     return []
 
@@ -112,7 +125,11 @@ def _mobilenet_in_timm(name: str) -> str:
     place = f"blocks.{stage}.{number - _TIMM_STAGES[stage]}"
     if part == "squeeze":
         return f"{place}.se.conv_{module}.{leaf}"
-    if number == 0:  # no expansion: depthwise and pointwise
+    return _unit_in_timm(place, number > 0, part, module, leaf)
+
+
+def _unit_in_timm(place: str, expands: bool, part: str, module: str, leaf: str) -> str:
+    if not expands:  # depthwise and pointwise
         conv, norm = {"depthwise": ("conv_dw", "bn1"), "project": ("conv_pw", "bn2")}[part]
     else:
         conv, norm = {
@@ -121,6 +138,29 @@ def _mobilenet_in_timm(name: str) -> str:
             "project": ("conv_pwl", "bn3"),
         }[part]
     return f"{place}.{conv if module == '0' else norm}.{leaf}"
+
+
+def _efficientnet_in_timm(name: str) -> str:
+    first, *rest = name.split(".")
+    if first == "stem":
+        return f"{'conv_stem' if rest[0] == '0' else 'bn1'}.{rest[1]}"
+    stage, unit, part, module, leaf = rest
+    return _unit_in_timm(f"blocks.{stage}.{unit}", int(stage) > 0, part, module, leaf)
+
+
+def _efficientnet_in_lukemelas(name: str) -> str:
+    """The names of the package efficientnet_pytorch, which number all units in one row."""
+    first, *rest = name.split(".")
+    if first == "stem":
+        return f"{'_conv_stem' if rest[0] == '0' else '_bn0'}.{rest[1]}"
+    stage, unit, part, module, leaf = rest
+    number = sum(count for *_, count in STAGES[: int(stage)]) + int(unit)
+    conv, norm = {
+        "expand": ("_expand_conv", "_bn0"),
+        "depthwise": ("_depthwise_conv", "_bn1"),
+        "project": ("_project_conv", "_bn2"),
+    }[part]
+    return f"_blocks.{number}.{conv if module == '0' else norm}.{leaf}"
 
 
 _EXCITED = (3, 4, 5, 10, 11, 12, 13, 14)  # units with squeeze and excitation

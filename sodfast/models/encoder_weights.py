@@ -47,6 +47,8 @@ def load_encoder_weights(
               mobilenetv3_large_100; in the form "paddle" PaddleClas's names
               (``blocks.0.expand_conv.conv.weight``). The two forms are different networks, see
               :class:`~sodfast.models.mobilenet_v3.MobileNetV3Large`;
+            - EfficientNet-Lite0: timm's tf_efficientnet_lite0, or the names of the package
+              efficientnet_pytorch (``_blocks.0._depthwise_conv.weight``);
             - a backbone of transformers: transformers, of the backbone or the classifier.
 
         depth_kernel: what an encoder of four input channels gets in the fourth, depth, when the

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .efficientnet_lite import EfficientNetLite0
 from .mobilenet_v3 import MobileNetV3Large
 from .res2net import Res2Net50
 from .resnet import ResNet50
@@ -18,6 +19,7 @@ ENCODERS: dict[str, Callable[[int], nn.Module]] = {
     "mobilenet_v3_large_050": lambda n: MobileNetV3Large(0.5, "paddle", n),
     "mobilenet_v3_large_100": lambda n: MobileNetV3Large(1.0, "paddle", n),
     "mobilenet_v3_large_100_torchvision": lambda n: MobileNetV3Large(1.0, "torchvision", n),
+    "efficientnet_lite0": EfficientNetLite0,
     "resnet50": ResNet50,
     "res2net50": Res2Net50,
     "vgg16": lambda n: VGG(16, n),

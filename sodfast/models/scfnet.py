@@ -50,7 +50,7 @@ class _EncoderDecoder(nn.Module):
 
     def _encode(self, image: Tensor) -> list[Tensor]:
         check_image(image, self.config["in_channels"], SIZE_MULTIPLE)
-        if choose("scfm", image) == "cuda":  # as cuDNN's tensor cores want it; all else follows
+        if choose("scfm", image) != "reference":  # as cuDNN and oneDNN want it; all else follows
             image = image.contiguous(memory_format=torch.channels_last)
         features: list[Tensor] = self.encoder(image)
         return features
@@ -67,8 +67,8 @@ class SCFNet(_EncoderDecoder):
     :class:`sodfast.nn.MultiLevelLoss`; in eval mode the main one alone.
 
     Args:
-        encoder: "mobilenet_v3_large_050", "resnet50", "vgg16", "swin_b" or another name that
-            :func:`sodfast.models.encoders.make_encoder` knows.
+        encoder: "mobilenet_v3_large_050", "efficientnet_lite0", "resnet50", "vgg16", "swin_b" or
+            another name that :func:`sodfast.models.encoders.make_encoder` knows.
         encoder_weights: a local file with pretrained weights of the encoder, see
             :func:`sodfast.models.load_encoder_weights`. Not part of ``config``.
         encoder_config: settings of an encoder of transformers.
