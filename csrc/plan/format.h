@@ -15,8 +15,8 @@
 //   gate      in, out, squeezed, weight, bias, expand weight, expand bias, slope
 //
 // in, out, up, gate and add are tensors; weight, bias, slope are positions among the floats; any of these but in and
-// out may be `none`. An activation is a number of common/shapes.h's Activation. See cpu/maps.h for what all mean and the
-// shapes they have.
+// out may be `none`. An activation is a number of common/shapes.h's Activation. See cpu/maps.h for what all mean and
+// the shapes they have.
 #pragma once
 
 #include <cstdint>
