@@ -30,9 +30,9 @@ def fuse(model: nn.Module, cuda_graph: bool = False) -> nn.Module:
 
     Returns:
         For a model that knows its steps (it has ``add_to``, as csnet, extractor, vanilla, and
-        scfnet on MobileNetV3 have) a :class:`sodfast.plan.Plan`, which runs the whole network
-        as one op and can be saved as a file that needs no Python. For any other module its
-        copy, which runs layer by layer.
+        scfnet on MobileNetV3 or EfficientNet-Lite0 have) a :class:`sodfast.plan.Plan`, which runs
+        the whole network as one op and can be saved as a file that needs no Python. For any
+        other module its copy, which runs layer by layer.
 
     Raises:
         TypeError: a pair names something that cannot be fused.

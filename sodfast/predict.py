@@ -40,7 +40,7 @@ _READ_AHEAD = 64 << 20  # bytes; larger files are read by the decoder itself
 class Predictor:
     """A network ready for pictures.
 
-    >>> predictor = Predictor()                    # the weights that ship with sodfast
+    >>> predictor = Predictor()                    # the default weights, which ship
     >>> saliency = predictor("photo.jpg")          # (H, W) uint8, the photo's own size
     >>> first, second = predictor(["a.jpg", "b.jpg"])
 

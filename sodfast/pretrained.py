@@ -12,7 +12,7 @@ from .weights import load
 __all__ = ["DEFAULT", "from_pretrained", "pretrained_names"]
 
 # What is taken where no weights are named; docs/weights.md tells how they were trained.
-DEFAULT = "csnet-fast"
+DEFAULT = "scfnet-lite"
 
 # Weights that ship with the package: one file NAME.safetensors each.
 _FOLDER = Path(__file__).with_name("pretrained_weights")

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sodfast
+from sodfast.models.efficientnet_lite import EfficientNetLite0
 from sodfast.models.encoders import ENCODERS
 from sodfast.models.image import PREPROCESSING
 from sodfast.models.mobilenet_v3 import MobileNetV3Large, Unit
@@ -30,11 +31,18 @@ def settled(model, image):
     return model.eval()
 
 
-@pytest.fixture(params=["paddle", "torchvision"])
+FORMS = {
+    "paddle": lambda n: MobileNetV3Large(0.1, "paddle", n),
+    "torchvision": lambda n: MobileNetV3Large(0.1, "torchvision", n),  # a unit without expansion
+    "lite": EfficientNetLite0,
+}
+
+
+@pytest.fixture(params=FORMS)
 def model(request, compiled, monkeypatch):
-    """A small SCFNet. The form "torchvision" has a unit without expansion."""
+    """A small SCFNet; "lite" has the encoder of the default weights, which is not small."""
     torch.manual_seed(0)
-    monkeypatch.setitem(ENCODERS, "small", lambda n: MobileNetV3Large(0.1, request.param, n))
+    monkeypatch.setitem(ENCODERS, "small", FORMS[request.param])
     net = sodfast.create_model("scfnet", encoder="small", channels=9, in_channels=4)
     return settled(net, torch.randn(3, 4, 96, 96))
 
@@ -208,7 +216,7 @@ def test_what_has_no_steps_runs_layer_by_layer(compiled, config):
 
 @torch.no_grad()
 def test_file_and_the_example_in_c(compiled, tmp_path):
-    """The default network: what a user has in his hands."""
+    """SCFNet as in the paper."""
     torch.manual_seed(0)
     plan = sodfast.fuse(settled(sodfast.create_model("scfnet"), torch.randn(2, 3, 96, 96)))
     path = tmp_path / "x.sodfast"
@@ -242,6 +250,7 @@ def steps_of(plan):
     return found
 
 
+@pytest.mark.parametrize("model", ["paddle", "torchvision"], indirect=True)  # they have gates
 def test_bad_files_are_refused(model, tmp_path):
     plan, path = sodfast.fuse(model), tmp_path / "x.sodfast"
     conv, depthwise, gate, upsample = (steps_of(plan)[kind] for kind in (4, 5, 6, 3))

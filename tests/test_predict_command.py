@@ -343,7 +343,7 @@ def test_nothing_need_be_named(
     """The weights that ship, and a folder of their own for the maps."""
     monkeypatch.chdir(tmp_path)
     status, _, err = run(capsys, "predict", photos / "a.png")
-    assert status == 0 and f"; {DEFAULT}: csnet" in err
+    assert status == 0 and f"; {DEFAULT}: scfnet" in err
     with Image.open(tmp_path / "maps" / "a.png") as image:
         assert np.array_equal(np.asarray(image), Predictor()(photos / "a.png"))
 

@@ -252,14 +252,21 @@ def test_a_file_without_an_ending_is_a_path(
 
 def test_the_weights_that_ship() -> None:
     """Small, whole, and right about an easy picture."""
-    assert pretrained.DEFAULT in pretrained.pretrained_names()
-    for name in pretrained.pretrained_names():
-        assert (pretrained._FOLDER / f"{name}.safetensors").stat().st_size < 1_000_000
+    # side of the square that it sees, parameters, bytes at most
+    shipped = {"csnet-fast": (192, 40_811, 1_000_000), "scfnet-lite": (224, 3_196_356, 8_000_000)}
+    assert pretrained.pretrained_names() == sorted(shipped)
+    assert pretrained.DEFAULT == "scfnet-lite"
+    for name, (side, parameters, most) in shipped.items():
+        assert (pretrained._FOLDER / f"{name}.safetensors").stat().st_size < most
         model = sodfast.from_pretrained(name)
+        assert model.preprocessing["size"] == [side, side]
+        assert sodfast.count(model)["params"] == parameters
+        assert all(p.dtype == torch.float32 for p in model.parameters())
         for key, tensor in model.state_dict().items():
             assert tensor.isfinite().all(), key
     photo = np.full((120, 160, 3), (70, 110, 60), np.uint8)
     photo[40:80, 60:110] = (220, 60, 40)
-    saliency = Predictor()(photo).astype(float)
-    inside = saliency[45:75, 65:105].mean()
-    assert inside > 128 > 64 > saliency[:20].mean()
+    for name in shipped:
+        saliency = Predictor(name)(photo).astype(float)
+        inside = saliency[45:75, 65:105].mean()
+        assert inside > 128 > 64 > saliency[:20].mean(), name

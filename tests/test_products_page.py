@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import files_below, run
-from picture_cases import picture, small_model
 from PIL import Image
 
 import sodfast
@@ -24,13 +23,14 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder and the weights that the page takes as given."""
+    """The folder that the page takes as given: something red on green paper, twice."""
     monkeypatch.chdir(tmp_path)
-    sodfast.save(small_model(), "csnet.safetensors")
     folder = tmp_path / "products"
     (folder / "shoes").mkdir(parents=True)
-    for name, seed in (("bag.jpg", 0), ("shoes/red.jpg", 1)):
-        Image.fromarray(picture(50, 70, seed=seed)).save(folder / name)
+    for name, left in (("bag.jpg", 60), ("shoes/red.jpg", 40)):
+        photo = np.full((120, 160, 3), (70, 110, 60), np.uint8)
+        photo[40:80, left : left + 50] = (220, 60, 40)
+        Image.fromarray(photo).save(folder / name)
     return folder
 
 
@@ -47,7 +47,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for folder in ("cutouts", "overlays"):
         assert files_below(tmp_path / folder) == ["bag.png", "shoes/red.png"]
     with Image.open(tmp_path / "cutouts" / "bag.png") as image:
-        assert image.mode == "RGBA" and image.size == (70, 50)
+        assert image.mode == "RGBA" and image.size == (160, 120)
 
 
 def test_the_python(products: Path, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_the_python(products: Path, tmp_path: Path) -> None:
     for block in blocks("python"):
         exec(compile(block, str(PAGE), "exec"), names)
     assert files_below(tmp_path / "sharp") == ["bag.png", "shoes/red.png"]
-    saliency = sodfast.Predictor("csnet.safetensors")(products / "bag.jpg")
+    saliency = sodfast.Predictor()(products / "bag.jpg")
     with Image.open(tmp_path / "sharp" / "bag.png") as image:
         alpha = np.asarray(image)[:, :, 3]
     assert (alpha[saliency <= 60] == 0).all()

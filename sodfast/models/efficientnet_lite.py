@@ -28,7 +28,8 @@ class EfficientNetLite0(nn.Module):
 
     Convolutions are padded alike on all sides. The published weights were trained with more
     padding below and to the right, which, but for the borders, only moves a feature by less than
-    one of its pixels: they serve as they are.
+    one of its pixels; and, as far as we know, on (RGB - 127) / 128, where SCFNet's images have
+    another mean and twice the deviation. Training soon makes up for both.
 
     Args:
         in_channels: of the image.
