@@ -2,7 +2,7 @@
 
     python bench/plot.py [--output docs/images/cpu.png]
 
-Of every network and variant the newest row counts (inference, one thread).
+Of every network of the papers and variant the newest row counts (inference, one thread).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from sodfast.pretrained import pretrained_names  # noqa: E402
 from sodfast.weights import atomic_write  # noqa: E402
 
 OURS, OTHERS = "tab:blue", "lightgrey"
@@ -56,6 +57,7 @@ def newest(path: Path) -> list[Row]:
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             chosen = (row["kind"], row["pass"], row["threads"]) == ("model", "inference", "1")
+            chosen = chosen and row["name"] not in pretrained_names()
             if chosen and not row.get("reason") and "@" not in row["variant"]:
                 latest[row["case"], row["variant"]] = row
     return sorted(latest.values(), key=lambda row: (row["case"], -float(row["median_ms"])))
