@@ -269,7 +269,7 @@ def test_commands_take_it(model, tmp_path, capsys):
 
 
 def test_convolutions_get_channels_last_and_the_gradients_stay(compiled):
-    """oneDNN takes a quarter less time then; the ops take both layouts."""
+    """As oneDNN is faster then; the ops take both layouts."""
     torch.manual_seed(0)
     model = sodfast.create_model("scfnet", encoder="efficientnet_lite0", channels=8).double()
     layouts = []

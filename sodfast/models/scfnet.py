@@ -50,7 +50,7 @@ class _EncoderDecoder(nn.Module):
 
     def _encode(self, image: Tensor) -> list[Tensor]:
         check_image(image, self.config["in_channels"], SIZE_MULTIPLE)
-        if choose("scfm", image) != "reference":  # as cuDNN and oneDNN want it; all else follows
+        if choose("scfm", image) in ("cpu", "cuda"):  # as oneDNN and cuDNN want it
             image = image.contiguous(memory_format=torch.channels_last)
         features: list[Tensor] = self.encoder(image)
         return features
