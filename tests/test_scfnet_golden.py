@@ -121,6 +121,18 @@ def test_one_step_of_training(tensors, numbers):
     assert loss.item() == pytest.approx(numbers[f"{STEP}loss/1"], abs=1e-5)
 
 
+def test_gradients_in_float32(tensors):
+    """Those of that step against float64's; a value at the edge of a ReLU may go either way."""
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        model = build(tensors, f"{STEP}state_before/", biased_variance=True).train().to(dtype)
+        x, truth = tensors[f"{STEP}x"].to(dtype), tensors[f"{STEP}mask"].to(dtype)
+        nn.MultiLevelLoss(nn.StructurePolishingLoss(k=13))(model(x), truth).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, exact in gradients[1].items():
+        assert (gradients[0][name] - exact).norm() <= 3e-2 * exact.norm() + 2e-6, name
+
+
 def test_the_variance_is_torch_s_without_the_option(tensors):
     """The two differ by n / (n - 1), which the smallest features show."""
     name = "deepen.1.running_var"
