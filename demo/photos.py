@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from sodfast.refine import refine
 from sodfast.weights import atomic_write
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ def checkerboard(height: int, width: int, square: int = 8) -> np.ndarray:
 
 
 def cutout(photo: np.ndarray, saliency: np.ndarray) -> np.ndarray:
-    """The photo (H, W, 3) uint8 over a checkerboard, with its map (H, W) uint8 as opacity."""
-    alpha = saliency[:, :, None] / 255
+    """The photo (H, W, 3) uint8 over a checkerboard, with its map (H, W) uint8, refined, as
+    opacity."""
+    alpha = refine(photo, saliency)[:, :, None] / 255
     return (photo * alpha + checkerboard(*saliency.shape) * (1 - alpha)).astype(np.uint8)
 
 

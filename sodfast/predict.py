@@ -23,7 +23,7 @@ from .parallel import chunks, ordered_map, share_threads
 from .pictures import Picture, pixels_at_once, read_picture
 from .preprocess import check_preprocessing, to_input, to_map
 from .pretrained import DEFAULT, from_pretrained
-from .render import FORMATS, TYPES, encode, render
+from .render import FORMATS, TYPES, encode, needs_picture, render
 from .weights import atomic_write
 
 if TYPE_CHECKING:
@@ -208,10 +208,12 @@ def predict_files(
     kind: str = "mask",
     file_format: str = "png",
     remark: Callable[[str], object] | None = None,
+    refined: bool | None = None,
 ) -> list[Failure]:
     """Makes the file of every job; returns the jobs that failed, in the order of `jobs`.
 
-    kind: one of `sodfast.render.TYPES`; file_format: one of `sodfast.render.FORMATS`. As many
+    kind: one of `sodfast.render.TYPES`; file_format: one of `sodfast.render.FORMATS`; refined:
+    whether maps' edges are moved onto the pictures', see `sodfast.render.render`. As many
     pictures are in work at once as torch has threads, and one more is being read or written
     meanwhile; the files are the same for any number of threads and any predictor.batch.
 
@@ -230,7 +232,7 @@ def predict_files(
     stopping = threading.Event()
 
     def work(batch: list[Job]) -> list[tuple[Failure | None, str | None]]:
-        files = _Files(predictor, kind, file_format)
+        files = _Files(predictor, kind, file_format, refined)
         for job in batch:
             if not stopping.is_set():
                 files.read(job)
@@ -262,8 +264,11 @@ def predict_files(
 class _Files:
     """A batch of pictures on its way from files to files; what fails drops out."""
 
-    def __init__(self, predictor: Predictor, kind: str, file_format: str) -> None:
+    def __init__(
+        self, predictor: Predictor, kind: str, file_format: str, refined: bool | None
+    ) -> None:
         self.predictor, self.kind, self.file_format = predictor, kind, file_format
+        self.refined = refined
         self.sources: dict[Job, Path | BytesIO] = {}
         self.done: dict[Job, bytes] = {}
         self.failures: dict[Job, Failure] = {}
@@ -302,8 +307,9 @@ class _Files:
                         )
                 inputs[job] = to_input(picture.rgb, predictor.preprocessing, predictor.size, depth)
                 sizes[job] = picture.rgb.shape[0], picture.rgb.shape[1]
-                # A map needs no more of the picture than its size.
-                pictures[job] = None if self.kind == "mask" else picture
+                # Else no more of the picture is needed than its size.
+                needed = needs_picture(self.kind, self.refined)
+                pictures[job] = picture if needed else None
                 del picture
         self.sources.clear()
         if not inputs:
@@ -317,6 +323,7 @@ class _Files:
                         to_map(one[None], sizes[job]),
                         self.kind,
                         self.file_format,
+                        self.refined,
                     )
 
     def write(self, job: Job) -> None:
@@ -324,11 +331,17 @@ class _Files:
             write_file(self.done.pop(job), job.target)
 
 
-def make_file(picture: Picture | None, saliency: np.ndarray, kind: str, file_format: str) -> bytes:
-    """What is written for a picture, as bytes; picture may be None for the kind "mask"."""
+def make_file(
+    picture: Picture | None,
+    saliency: np.ndarray,
+    kind: str,
+    file_format: str,
+    refined: bool | None = None,
+) -> bytes:
+    """What is written for a picture, as bytes; picture may be None where it is not needed."""
     if picture is None:
         return encode(saliency, file_format)
-    return encode(render(picture, saliency, kind), file_format, picture.icc_profile)
+    return encode(render(picture, saliency, kind, refined), file_format, picture.icc_profile)
 
 
 def write_file(data: bytes, path: str | os.PathLike[str]) -> None:

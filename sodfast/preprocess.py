@@ -59,7 +59,7 @@ def check_preprocessing(preprocessing: Any) -> dict[str, Any]:
     return {"size": [int(v) for v in size], "mean": mean, "std": std, "resample": "bilinear"}
 
 
-def _taps(length: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def bilinear_taps(length: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Two neighbours and the weight of the second, for `count` samples of `length` pixels.
 
     In float32, step by step as torch.nn.functional.interpolate(align_corners=False) does it.
@@ -127,8 +127,8 @@ def _resized(array: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
     """(H, W, C) uint8 to (C, height, width) float32, a view in another order."""
     height, width = size
     channels = array.shape[2]
-    top, bottom, down = _taps(array.shape[0], height)
-    left, right, across = _taps(array.shape[1], width)
+    top, bottom, down = bilinear_taps(array.shape[0], height)
+    left, right, across = bilinear_taps(array.shape[1], width)
     # Whole rows are copied first, then single values, already in the order of planes.
     rows = array.reshape(array.shape[0], -1).take(np.concatenate([top, bottom]), axis=0)
     columns = channels * np.concatenate([left, right]) + np.arange(channels)[:, None]

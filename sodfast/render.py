@@ -1,8 +1,10 @@
 """What is written for a picture: its map, the object cut out, or the object highlighted.
 
-mask      the map as it is, grey
+mask      the map, grey
 cutout    the picture with the map as its opacity
 overlay   the picture in colour where the object is, dark and grey elsewhere
+
+For the last two the map's edge is first moved onto the picture's, see `sodfast.refine`.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from .pictures import Picture, row_strips
+from .refine import refine
 
-__all__ = ["FORMATS", "TYPES", "cutout", "encode", "overlay", "render"]
+__all__ = ["FORMATS", "TYPES", "cutout", "encode", "needs_picture", "overlay", "render"]
 
 TYPES = ("mask", "cutout", "overlay")
 FORMATS = ("png", "webp")
@@ -23,18 +26,29 @@ FORMATS = ("png", "webp")
 _DIMMED = 0.3  # how bright the surroundings stay in an overlay
 
 
-def render(picture: Picture | np.ndarray, saliency: np.ndarray, kind: str) -> np.ndarray:
+def render(
+    picture: Picture | np.ndarray, saliency: np.ndarray, kind: str, refined: bool | None = None
+) -> np.ndarray:
     """One of `TYPES`: (H, W) for "mask", (H, W, 4) for "cutout", (H, W, 3) for "overlay".
 
     picture: (H, W, 3) uint8 RGB, or what `sodfast.pictures.read_picture` gives; saliency:
-    (H, W) uint8. Raises ValueError for another kind or for sizes that differ.
+    (H, W) uint8. refined: whether the map goes through `sodfast.refine.refine` before; None: but
+    for a mask, which is then the network's own. Raises ValueError for another kind or for sizes
+    that differ.
     """
     if kind not in TYPES:
         raise ValueError(f"type must be {', '.join(TYPES)}, got {kind!r}")
+    rgb = picture.rgb if isinstance(picture, Picture) else picture
+    if kind != "mask" if refined is None else refined:
+        saliency = refine(rgb, saliency)
     if kind == "mask":
         return saliency
-    rgb = picture.rgb if isinstance(picture, Picture) else picture
     return cutout(rgb, saliency) if kind == "cutout" else overlay(rgb, saliency)
+
+
+def needs_picture(kind: str, refined: bool | None) -> bool:
+    """Whether `render` looks at the picture: not for a mask that is not refined."""
+    return kind != "mask" or bool(refined)
 
 
 def cutout(rgb: np.ndarray, saliency: np.ndarray) -> np.ndarray:

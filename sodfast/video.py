@@ -56,12 +56,13 @@ def predict_video(
     target: str | os.PathLike[str],
     kind: str = "mask",
     progress: Callable[[], object] | None = None,
+    refined: bool | None = None,
 ) -> int:
     """Makes a video of the maps, cutouts or overlays of a video's frames; returns their number.
 
-    kind: one of `sodfast.render.TYPES`. The ending of `target` chooses the format; a cutout
-    needs .webm or .mov, which can be transparent. The frame rate becomes constant. The file
-    appears whole or not at all. progress is called after every frame.
+    kind, refined: as of `sodfast.render.render`. The ending of `target` chooses the format; a
+    cutout needs .webm or .mov, which can be transparent. The frame rate becomes constant. The
+    file appears whole or not at all. progress is called after every frame.
 
     Raises FileNotFoundError for a source that is not there, VideoError (a ValueError) where
     ffmpeg is missing or fails, ValueError for another kind or a frame that is too large, and
@@ -93,7 +94,7 @@ def predict_video(
         )
 
     def work(frame: np.ndarray) -> bytes:
-        return render(frame, predictor(frame), kind).tobytes()
+        return render(frame, predictor(frame), kind, refined).tobytes()
 
     workers, inner = share_threads(torch.get_num_threads())
     # ffmpeg knows the format by the ending.

@@ -23,6 +23,7 @@ from sodfast.commands import predict as predict_command
 from sodfast.ops import _backend
 from sodfast.predict import Predictor
 from sodfast.pretrained import DEFAULT
+from sodfast.refine import refine
 from sodfast.render import FORMATS, TYPES, render
 
 
@@ -327,7 +328,8 @@ def test_standard_input_to_standard_output(weights: Path, photos: Path) -> None:
     with Image.open(io.BytesIO(process.stdout)) as image:
         assert image.format == "PNG"
         assert np.array_equal(np.asarray(image), expected)
-    process = piped(data, "--weights", weights, "--type", "cutout", "--format", "webp")
+    cutout = ("--weights", weights, "--type", "cutout", "--format", "webp", "--no-refine")
+    process = piped(data, *cutout)
     with Image.open(io.BytesIO(process.stdout)) as image:
         assert image.format == "WEBP"
         assert np.array_equal(np.asarray(image)[:, :, 3], expected)
@@ -335,6 +337,30 @@ def test_standard_input_to_standard_output(weights: Path, photos: Path) -> None:
     assert process.returncode == 1 and process.stdout == b""
     assert b"sodfast: error: standard input: " in process.stderr
     assert b"Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_refined_or_not(
+    kind: str, weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By themselves cutouts and overlays are refined, masks are what the network says."""
+    with Image.open(photos / "a.png") as image:
+        photo = np.asarray(image)
+    saliency = Predictor(weights)(photo)
+    refined = refine(photo, saliency)
+    assert (refined != saliency).any()
+    for options in ((), ("--refine",), ("--no-refine",)):
+        out = tmp_path / f"out{len(options)}{'no' in str(options)}"
+        arguments = ("--weights", weights, "--type", kind, "-o", out, *options)
+        assert run(capsys, "predict", photos / "a.png", *arguments)[0] == 0
+        with Image.open(out / "a.png") as image:
+            got = np.asarray(image)
+        wanted = options == ("--refine",) or (not options and kind != "mask")
+        expected = render(photo, refined if wanted else saliency, kind, False)
+        assert np.array_equal(got, expected)
+        piece = piped((photos / "a.png").read_bytes(), *arguments[:4], *options)
+        with Image.open(io.BytesIO(piece.stdout)) as image:
+            assert np.array_equal(np.asarray(image), expected)
 
 
 def test_nothing_need_be_named(

@@ -12,6 +12,8 @@ from command_line import files_below, run
 from PIL import Image
 
 import sodfast
+from sodfast.pictures import read_image
+from sodfast.refine import refine
 
 PAGE = Path(__file__).parents[1] / "docs" / "cut_out_products.md"
 
@@ -55,11 +57,12 @@ def test_the_python(products: Path, tmp_path: Path) -> None:
     for block in blocks("python"):
         exec(compile(block, str(PAGE), "exec"), names)
     assert files_below(tmp_path / "sharp") == ["bag.png", "shoes/red.png"]
-    saliency = sodfast.Predictor()(products / "bag.jpg")
+    photo = read_image(products / "bag.jpg")
+    opacity = refine(photo, sodfast.Predictor()(photo))
     with Image.open(tmp_path / "sharp" / "bag.png") as image:
         alpha = np.asarray(image)[:, :, 3]
-    assert (alpha[saliency <= 60] == 0).all()
-    assert (alpha[saliency >= 200] == 255).all()
+    assert (alpha[opacity <= 90] == 0).all()
+    assert (alpha[opacity >= 165] == 255).all()
     for name in files_below(tmp_path / "white"):
         with Image.open(tmp_path / "white" / name) as image:
             assert image.size == (1000, 1000)

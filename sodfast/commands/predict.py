@@ -64,6 +64,12 @@ def add_parser(subparsers: Any) -> None:
         "as its opacity; overlay: the picture with all but the object grey and dark",
     )
     parser.add_argument(
+        "--refine",
+        action=argparse.BooleanOptionalAction,
+        help="move the map's edge onto the picture's and clear the haze around it (default: yes "
+        "for cutouts and overlays, no for masks)",
+    )
+    parser.add_argument(
         "--format",
         choices=_FORMATS,
         help="of the files (default: png); webp compresses the colours of cutouts and overlays",
@@ -255,6 +261,7 @@ def _files(arguments: argparse.Namespace, predictor: Predictor) -> int:
         failures += predict_files(
             predictor, jobs, lambda: bar.update(), arguments.type, file_format,
             lambda text: bar.write(f"sodfast: warning: {text}", file=sys.stderr),
+            arguments.refine,
         )  # fmt: skip
     if failures:
         lines = [f"{failure.source}: {failure.reason}" for failure in failures]
@@ -274,7 +281,11 @@ def _standard_input(arguments: argparse.Namespace, predictor: Predictor) -> int:
     try:
         picture = read_picture(BytesIO(data), arguments.max_pixels)
         result = make_file(
-            picture, predictor(picture.rgb), arguments.type, arguments.format or "png"
+            picture,
+            predictor(picture.rgb),
+            arguments.type,
+            arguments.format or "png",
+            arguments.refine,
         )
     except Exception as error:  # whatever a damaged picture provokes
         raise WorkError(f"standard input: {describe(error)}") from error
@@ -291,8 +302,9 @@ def _video(arguments: argparse.Namespace, predictor: Predictor) -> int:
     try:
         with tqdm(unit="frame", disable=None) as bar:
             predict_video(
-                predictor, arguments.video, arguments.output, arguments.type, lambda: bar.update()
-            )
+                predictor, arguments.video, arguments.output, arguments.type,
+                lambda: bar.update(), arguments.refine,
+            )  # fmt: skip
     except (OSError, VideoError) as error:
         raise WorkError(error) from error
     except ValueError as error:

@@ -289,10 +289,10 @@ def _decode(
 
 def _squeeze(array: np.ndarray, size: int) -> np.ndarray:
     """(H, W, C) uint8 to (S, S, C), bilinear without antialiasing (preprocess.to_input's way)."""
-    from ..preprocess import _taps
+    from ..preprocess import bilinear_taps
 
-    top, bottom, down = _taps(array.shape[0], size)
-    left, right, across = _taps(array.shape[1], size)
+    top, bottom, down = bilinear_taps(array.shape[0], size)
+    left, right, across = bilinear_taps(array.shape[1], size)
     across, down = across[None, :, None], down[:, None, None]
 
     def row_pair(rows: np.ndarray) -> np.ndarray:
