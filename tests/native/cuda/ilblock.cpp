@@ -1,7 +1,7 @@
 // The fused ILBlock against its three layers, which have their own tests: in float64 both agree to the last digits. And
 // its first layer as it trains, with the moments of its result; and all of it in half precision.
 #include "check.h"
-#include "cuda/numbers.h"
+#include "cuda/half.h"
 
 namespace sodfast::test {
 namespace {
@@ -30,13 +30,6 @@ size_t workspace_values(const GOctConvShape& shape) {
 const auto in = [](auto& maps) { return reinterpret_cast<cuda::Pointers>(maps.read()); };
 const auto out = [](auto& maps) { return reinterpret_cast<cuda::MutablePointers>(maps.write()); };
 
-// A number in half precision that converts as the numbers of Maps do.
-template <class T>
-struct Half : T {
-  explicit Half(double x) { cuda::narrow(static_cast<float>(x), *this); }
-  explicit operator double() const { return static_cast<double>(cuda::widen(*this)); }
-};
-
 // Tensor cores against float64 on the same, rounded inputs. What a source is read as is rounded once more, and the
 // result, so that an error is a few times `unit`.
 template <class T>
@@ -60,6 +53,13 @@ void compare_in_half(const std::string& name, cuda::Type type, const GOctConvSha
   expect_equal(name, ys.values(), exact_ys.values(), 4 * unit);
   expect_equal(name + " gradient to the input", gxs.values(), exact_gxs.values(), 4 * unit);
   expect_equal(name + " gradient to the weight", gw.values(), exact_gw.values(), 4 * unit);
+
+  Maps<Half<T>> measured(shape.out, NAN);
+  Maps<double> moments({Values(static_cast<size_t>(2 * shape.out.batch * n), NAN)}),
+      tiles({Values(workspace_values(shape), NAN)});
+  expect_done(cuda::goctconv_measured(type, shape, in(xs), weight[0], out(measured), moments[0], tiles[0], nullptr));
+  expect_equal(name + " measured", measured.values(), ys.values(), 0);
+  expect_equal(name + " moments", moments.values(), {moments_of(shape.out, exact_ys.values())}, 16 * unit);
 
   if (shape.kernel == 1 && shape.stride == 2) return;
   const std::vector<Values> taps = rounded({random_values(9 * n), random_values(9 * n)}),
