@@ -127,7 +127,9 @@ sanitize: sanitize-cpu sanitize-cuda
 
 sanitize-cpu: $(STAMPS)/base
 	$(call sanitized,sanitize,address$(,)undefined,sodfast_native_tests)
+	$(call sanitized,races,thread,sodfast_threads_tests)
 	build/sanitize/sodfast_native_tests $(ARGS)
+	build/races/sodfast_threads_tests
 
 # The CUDA kernels run on the host: stray accesses and undefined behaviour, then races.
 sanitize-cuda: $(STAMPS)/base

@@ -4,6 +4,7 @@ import importlib
 import shutil
 import struct
 import subprocess
+import sys
 import threading
 import zlib
 from pathlib import Path
@@ -265,6 +266,47 @@ def test_two_plans_in_turn_from_two_threads(compiled, small_csnet):
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+@torch.no_grad()
+def test_any_number_of_threads(compiled, small_csnet):
+    """They may change between calls, and the map does not depend on them."""
+    plan, image = sodfast.fuse(small_csnet()), torch.randn(1, 3, 160, 224)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = plan(image)
+    try:
+        for number in (2, 5, 1, 3, 5, 2):
+            torch.set_num_threads(number)
+            for _ in range(5):
+                assert torch.equal(plan(image), expected), number
+    finally:
+        torch.set_num_threads(before)
+
+
+FORKING = """
+import os, signal, sys, torch, sodfast
+torch.set_num_threads(2)
+plan = sodfast.load_plan(sys.argv[1])
+with torch.no_grad():
+    image = torch.linspace(-1, 1, 3 * 160 * 224).view(1, 3, 160, 224)
+    expected = plan(image).numpy().tobytes()
+    child = os.fork()
+    same = plan(image).numpy().tobytes() == expected
+if child:
+    _, status = os.waitpid(child, 0)
+    same = same and status == 0
+sys.exit(0 if same else 1)
+"""
+
+
+def test_a_forked_process_has_threads_of_its_own(plan, tmp_path):
+    """As of a data loader or a web server: threads do not outlive a fork, nor does it hang."""
+    path = tmp_path / "network.sodfast"
+    plan.save(path)
+    command = [sys.executable, "-c", FORKING, str(path)]
+    done = subprocess.run(command, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # --------------------------------------------------------------------------------- without Python

@@ -1,15 +1,45 @@
 // torch.ops.sodfast.run_plan: a whole fused network in one call.
 #include "plan/plan.h"
 
+#include <unistd.h>
+
+#include <atomic>
 #include <cstring>
 #include <list>
 #include <memory>
 #include <mutex>
 
 #include "bind/cpu.h"
+#include "plan/threads.h"
 
 namespace sodfast {
 namespace {
+
+// As many threads as torch's, but our own: torch's wait for each other at the end of every loop, all of them, whether
+// or not another process keeps one from running. A pool that has become too small is left asleep, as somebody may be
+// using it, and so is one that a forked process inherits without its threads.
+plan::Threads& plan_threads(int n) {
+  struct Pool {
+    explicit Pool(int n) : threads(n) {}
+    plan::Threads threads;
+    const pid_t owner = getpid();
+  };
+  static std::atomic<Pool*> current{nullptr};
+  Pool* pool = current;
+  while (pool == nullptr || pool->owner != getpid() || pool->threads.size() < n) {
+    auto made = std::make_unique<Pool>(n);
+    if (current.compare_exchange_strong(pool, made.get())) pool = made.release();
+  }
+  return pool->threads;
+}
+
+Parallel plan_loops() {
+  return {[](int64_t n, int64_t grain, Parallel::Body body, void* context) {
+    const int threads = static_cast<int>(torch::stable::get_num_threads());
+    if (threads <= 1 || n / grain <= 1) return body(context, 0, n);
+    plan_threads(threads).run(n, grain, body, context, threads);
+  }};
+}
 
 // Plans by the header of their blob (its checksum is in it) and instruction set; the latest few are kept.
 std::shared_ptr<plan::Plan> opened(const Tensor& blob) {
@@ -55,7 +85,7 @@ struct Call {
   }
   void run(const char* op, double* seconds) const {
     try {
-      plan->run(read<float>(x), write<float>(y), x.size(0), x.size(2), x.size(3), torch_threads(), seconds);
+      plan->run(read<float>(x), write<float>(y), x.size(0), x.size(2), x.size(3), plan_loops(), seconds);
     } catch (const plan::Error& error) {
       check(false, op, error.what());
     }

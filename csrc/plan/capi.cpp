@@ -1,89 +1,15 @@
-// The C API (sodfast.h) and the threads behind it.
-#include <algorithm>
-#include <atomic>
-#include <condition_variable>
+// The C API (sodfast.h).
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <exception>
-#include <thread>
 
 #include "plan/plan.h"
 #include "plan/sodfast.h"
+#include "plan/threads.h"
 
 namespace sodfast::plan {
 namespace {
-
-// A few threads that wait for ranges of a loop. One loop at a time; who comes second runs its loop alone.
-class Threads {
- public:
-  explicit Threads(int n) {
-    for (int i = 1; i < n; ++i) workers_.emplace_back([this] { work(); });
-  }
-  ~Threads() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
-  }
-
-  void run(int64_t n, int64_t grain, Parallel::Body body, void* context) {
-    const int64_t ranges = std::min(static_cast<int64_t>(workers_.size()) + 1, n / grain);
-    std::unique_lock<std::mutex> one_at_a_time(callers_, std::try_to_lock);
-    if (ranges <= 1 || !one_at_a_time.owns_lock()) return body(context, 0, n);
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      body_ = body, context_ = context, n_ = n, ranges_ = ranges;
-      next_ = 0, left_ = ranges, failure_ = nullptr;
-    }
-    wake_.notify_all();
-    take_ranges();
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return left_ == 0; });
-    ranges_ = 0;
-    if (failure_ != nullptr) std::rethrow_exception(failure_);
-  }
-
- private:
-  void work() {
-    for (;;) {
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [this] { return stop_ || next_ < ranges_; });
-        if (stop_) return;
-      }
-      take_ranges();
-    }
-  }
-  void take_ranges() {
-    for (;;) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      if (next_ >= ranges_) return;
-      const int64_t i = next_++, begin = i * n_ / ranges_, end = (i + 1) * n_ / ranges_;
-      lock.unlock();
-      std::exception_ptr failure;
-      try {
-        body_(context_, begin, end);
-      } catch (...) {
-        failure = std::current_exception();
-      }
-      lock.lock();
-      if (failure != nullptr) failure_ = failure;
-      if (--left_ == 0) done_.notify_one();
-    }
-  }
-
-  std::vector<std::thread> workers_;
-  std::mutex mutex_, callers_;
-  std::condition_variable wake_, done_;
-  Parallel::Body body_ = nullptr;
-  void* context_ = nullptr;
-  int64_t n_ = 0, ranges_ = 0, next_ = 0, left_ = 0;
-  std::exception_ptr failure_;
-  bool stop_ = false;
-};
 
 thread_local Threads* current_threads = nullptr;  // of the network that this thread is running
 thread_local char message[256] = "";
@@ -185,7 +111,7 @@ sodfast_status sodfast_run(sodfast_network* network, const float* image, int64_t
     } restore;
     current_threads = &network->threads;
     const sodfast::Parallel parallel{[](int64_t n, int64_t grain, sodfast::Parallel::Body body, void* context) {
-      current_threads->run(n, grain, body, context);
+      current_threads->run(n, grain, body, context, current_threads->size());
     }};
     try {
       network->plan.run(image, logits, batch, height, width, parallel);
