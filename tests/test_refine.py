@@ -79,6 +79,23 @@ def test_the_edge_is_found_again(size: tuple[int, int], coarser: int) -> None:
     assert (alpha[soft(mask, 64) == 255] == 255).all()
 
 
+@pytest.mark.parametrize("texture", ["noise", "checker"])
+def test_texture_is_no_edge(texture: str) -> None:
+    """What the cells average away explains nothing, even where the map has no better guide."""
+    y, x = np.mgrid[:1000, :1000]
+    distance = np.hypot(y - 500, x - 500) - 300
+    saliency = np.round(255 / (1 + np.exp(-np.clip(distance / 9, -50, 50)))).astype(np.uint8)
+    if texture == "noise":
+        photo = np.random.default_rng(0).normal(128, 26, (1000, 1000, 3)).clip(0, 255)
+    else:
+        photo = np.where((y // 3 + x // 3) % 2, 120, 240)[:, :, None].repeat(3, 2)
+    alpha = refine(photo.astype(np.uint8), saliency)
+    levels = np.clip((saliency / 255.0 - LOW) / (HIGH - LOW), 0, 1) * 255
+    assert np.abs(alpha - levels).mean() < 1.5
+    steps = np.abs(np.diff(alpha.astype(float), axis=1)).mean()
+    assert steps < 2.5 * np.abs(np.diff(levels, axis=1)).mean()
+
+
 def test_nothing_of_the_photo_shows_where_the_map_is_flat() -> None:
     photo = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
     for value, expected in ((0, 0), (30, 0), (51, 0), (128, 128.4), (204, 255), (255, 255)):
