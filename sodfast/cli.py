@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         arguments = _parser().parse_args(argv)
         status = arguments.run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: it was closed before we began
+            sys.stdout.flush()
         return int(status)
     except UsageError as error:
         return _complain(error, 2)

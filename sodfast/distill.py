@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from .data.batches import Batches
 from .data.cache import Cache
 from .fuse import fuse
 from .launch import Launch
+from .pretrained import weights_file
 from .recipe import Recipe
 from .weights import atomic_write, load
 
@@ -60,14 +60,14 @@ def distill(
 class Teacher:
     """A trained network that says what is salient; it is not trained further.
 
-    weights: a file of `sodfast.save`. identity: the SHA-256 of that file. Raises what
-    `sodfast.load` raises.
+    weights: as of `sodfast.from_pretrained`, with its errors. identity: the SHA-256 of the file.
     """
 
     def __init__(self, weights: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
-        network = load(weights)
+        path = weights_file(weights)
+        network = load(path)
         self.model: nn.Module = fuse(network).to(device)
-        self.identity = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+        self.identity = hashlib.sha256(path.read_bytes()).hexdigest()
         self.preprocessing: dict[str, Any] = network.preprocessing  # type: ignore[assignment]
         self.multiple = int(getattr(network, "size_multiple", 1))
 

@@ -244,7 +244,10 @@ def _fill(
 
 
 def cores() -> int:
-    """How many processors this process may use."""
+    """How many processors this process may use, or what OMP_NUM_THREADS says, as torch takes it."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system

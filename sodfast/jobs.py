@@ -11,7 +11,9 @@ from pathlib import Path
 __all__ = ["Failure", "Job", "add_depth", "describe", "find_jobs"]
 
 # What a folder is searched for. A file that is named itself is tried whatever its name.
-SUFFIXES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm".split())
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm".split()
+)
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,23 @@ def find_jobs(
     it lies inside an input folder, are passed over. An input that does not exist, and a
     pattern that nothing fits, is a Failure.
 
-    Raises ValueError where one of the pictures would be overwritten.
+    Raises ValueError for an empty name, where the output is one of the folders, and where one of
+    the pictures would be overwritten.
     """
+    for what, place in (("the output", output), *(("an input", place) for place in inputs)):
+        if not os.fspath(place):
+            raise ValueError(f"{what} is empty: name a folder or a picture ('.' is this folder)")
     output = Path(output)
     output_resolved = output.resolve()
     found: dict[Path, tuple[Path, Path]] = {}  # resolved: the picture, its name under output
     failures: list[Failure] = []
     for entry, base in _expand(inputs, output_resolved, failures):
         if entry.is_dir():
+            if entry.resolve() == output_resolved:
+                raise ValueError(
+                    f"the output folder {output} is one of the folders to read: what is written "
+                    "would be taken for pictures the next time; choose another"
+                )
             for path in _walk(entry, output_resolved, failures):
                 found.setdefault(path.resolve(), (path, path.relative_to(base or entry)))
         else:

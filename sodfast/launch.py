@@ -36,7 +36,7 @@ class Launch:
             self.device = self.accelerator.device
             self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         else:
-            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self.device = _device(device)
             if self.device.type == "cuda" and not torch.cuda.is_available():
                 raise ValueError(f"device {device!r} was asked for, but torch sees no GPU")
             self.rank, self.world = 0, 1
@@ -122,3 +122,10 @@ def _accelerator(precision: str, device: str | None) -> Any:
         ) from None
     names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
     return accelerate.Accelerator(mixed_precision=names[precision], cpu=device == "cpu")
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from error

@@ -123,7 +123,8 @@ def read_picture(source: Source, max_pixels: int | None = None) -> Picture:
         image = Image.open(source, formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"has over twice the {Image.MAX_IMAGE_PIXELS:,} pixels that Pillow allows"
+            f"has over twice the {Image.MAX_IMAGE_PIXELS:,} pixels that "
+            "PIL.Image.MAX_IMAGE_PIXELS, or --max-pixels, allows"
         ) from error
     # closing, not "with image": that closes the file, this gives the memory back too, which a
     # cycle of references would keep.
@@ -135,7 +136,7 @@ def read_picture(source: Source, max_pixels: int | None = None) -> Picture:
         if limit is not None and pixels > limit:
             raise ValueError(
                 f"has {image.width} x {image.height} = {pixels:,} pixels, more than the "
-                f"{limit:,} allowed (max_pixels raises that)"
+                f"{limit:,} allowed (max_pixels, or --max-pixels, raises that)"
             )
         with pixels_at_once(2 * pixels if webp else pixels):
             return _from_pil(image)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import operator
 import os
 import stat
 import tempfile
@@ -34,6 +35,7 @@ __all__ = ["Failure", "Job", "Predictor", "find_jobs", "predict_files"]
 DepthLike = str | os.PathLike[str] | np.ndarray | None
 PictureLike = Union[str, os.PathLike[str], "Image.Image", np.ndarray]
 
+_MOST_THREADS = 1024  # of more, OpenMP's stacks alone can end the process
 _READ_AHEAD = 64 << 20  # bytes; larger files are read by the decoder itself
 
 
@@ -74,11 +76,18 @@ class Predictor:
         from .fuse import fuse
 
         for name, value in (("threads", threads), ("batch", batch), ("max_pixels", max_pixels)):
-            if value is not None and (isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and not _is_count(value):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if threads is not None and threads > _MOST_THREADS:
+            raise ValueError(f"threads must be at most {_MOST_THREADS}, got {threads}")
         model = weights if isinstance(weights, nn.Module) else from_pretrained(weights)
         self.name = str(getattr(model, "name", type(model).__name__))
-        self.preprocessing = check_preprocessing(getattr(model, "preprocessing", None))
+        if not hasattr(model, "preprocessing"):
+            raise ValueError(
+                f"weights is a {type(model).__name__} without preprocessing: models of "
+                "sodfast.create_model have it"
+            )
+        self.preprocessing = check_preprocessing(model.preprocessing)
         self.size = _check_size(size, self.preprocessing, getattr(model, "size_multiple", 16))
         self.batch = batch
         self.max_pixels = max_pixels
@@ -177,17 +186,23 @@ def _device_of(network: nn.Module) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
+def _is_count(value: Any) -> bool:
+    try:
+        return operator.index(value) >= 1 and not isinstance(value, bool)
+    except TypeError:
+        return False
+
+
 def _check_size(
     size: int | tuple[int, int] | None, preprocessing: dict, multiple: int
 ) -> tuple[int, int]:
     if size is None:
         size = (preprocessing["size"][0], preprocessing["size"][1])
-    elif isinstance(size, int):
-        size = (size, size)
-    height, width = size
+    sides = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2 or not all(map(_is_count, sides)):
+        raise ValueError(f"size must be one or two positive whole numbers of pixels, got {size!r}")
+    height, width = map(int, sides)
     for value in (height, width):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"size must be positive whole numbers of pixels, got {size}")
         if value % multiple:
             below = value // multiple * multiple
             nearest = [n for n in (below, below + multiple) if n > 0]

@@ -9,7 +9,7 @@ from torch import nn
 
 from .weights import load
 
-__all__ = ["DEFAULT", "from_pretrained", "pretrained_names"]
+__all__ = ["DEFAULT", "from_pretrained", "pretrained_names", "weights_file"]
 
 # What is taken where no weights are named; docs/weights.md tells how they were trained.
 DEFAULT = "scfnet-lite"
@@ -32,12 +32,17 @@ def from_pretrained(weights: str | os.PathLike[str] = DEFAULT) -> nn.Module:
 
     Raises ValueError for an unknown name, and for a path what `sodfast.load` raises.
     """
+    return load(weights_file(weights))
+
+
+def weights_file(weights: str | os.PathLike[str]) -> Path:
+    """The file of weights, which may not be there; names and errors as of `from_pretrained`."""
     path = Path(weights)
     names = pretrained_names()
     if isinstance(weights, str) and weights in names:
-        return load(_FOLDER / f"{weights}.safetensors")
-    if path.suffix or path.name != str(weights) or path.exists():
-        return load(path)
+        return _FOLDER / f"{weights}.safetensors"
+    if str(weights) and (path.suffix or path.name != str(weights) or path.exists()):
+        return path
     known = f"known are {', '.join(names)}" if names else "this version of sodfast ships none"
     raise ValueError(
         f"unknown weights {str(weights)!r}: {known}; the path of a .safetensors file works too"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.resources
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -106,6 +107,9 @@ class Recipe:
     sync_bn: bool = False  # statistics over all processes' parts of a batch, summed exactly
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         for name, smallest in _SMALLEST.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
@@ -122,11 +126,19 @@ class Recipe:
             raise ValueError(f"ema must be from 0 to under 1, got {self.ema}")
         if not 0 <= self.prune_ratio < 1:
             raise ValueError(f"prune_ratio must be from 0 to under 1, got {self.prune_ratio}")
-        if self.finetune_epochs > self.epochs:
+        if self.finetune_epochs >= self.epochs + (not self.prune):
             raise ValueError(
-                f"finetune_epochs must not exceed epochs ({self.epochs}), "
-                f"got {self.finetune_epochs}"
+                f"finetune_epochs must be {'below' if self.prune else 'at most'} epochs "
+                f"({self.epochs}), got {self.finetune_epochs}"
             )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to under 2**63, got {self.seed}")
+        if 0 < self.cache_size < 16:
+            raise ValueError(f"cache_size must be 0 or at least 16, got {self.cache_size}")
+        if len(self.betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must be two numbers from 0 to under 1, got {self.betas}")
+        if not all(_is_number(m) and m >= 0 for m in self.milestones):
+            raise ValueError(f"milestones must be epochs, from 0, got {self.milestones}")
         for name in ("distill_threshold", "unlabelled_part"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to under 1, got {getattr(self, name)}")
@@ -141,17 +153,31 @@ class Recipe:
             if type(side) is not int or side < 1:
                 raise ValueError(f"random_sizes must be whole numbers above 0, got {side!r}")
         for entry in self.lambda_steps:
-            if len(entry) != 2 or not 0 <= entry[0] <= 1 or entry[1] < 0:
+            if not _is_pair(entry) or entry[1] < 0:
                 raise ValueError(
                     f"lambda_steps must be [[part of the schedule, lambda_d], …], got {entry}"
                 )
         for entry in self.sizes:
-            if len(entry) != 2 or not 0 <= entry[0] <= 1 or entry[1] < 1 or entry[1] % 1:
+            if not _is_pair(entry) or entry[1] < 1 or entry[1] % 1:
                 raise ValueError(f"sizes must be [[part of the schedule, side], …], got {entry}")
 
     def as_dict(self) -> dict[str, Any]:
         """All settings, json-able."""
         return asdict(self)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_pair(entry: Any) -> bool:
+    """Whether it is [part of the schedule, number]."""
+    return (
+        isinstance(entry, (list, tuple))
+        and len(entry) == 2
+        and all(map(_is_number, entry))
+        and 0 <= entry[0] <= 1
+    )
 
 
 _THICKNESSES = tuple(str(k) for k in range(1, 32, 2))

@@ -23,6 +23,7 @@ __all__ = ["FORMATS", "TYPES", "cutout", "encode", "needs_picture", "overlay", "
 TYPES = ("mask", "cutout", "overlay")
 FORMATS = ("png", "webp")
 
+_WEBP_SIDE = 16383
 _DIMMED = 0.3  # how bright the surroundings stay in an overlay
 
 
@@ -95,12 +96,17 @@ def encode(image: np.ndarray, file_format: str, icc_profile: bytes | None = None
 
     PNG is lossless. WebP is lossless for a grey image and for opacity; colours are compressed
     with quality 90. icc_profile is stored with colours. Raises ValueError for another format,
-    and what Pillow raises where the format cannot hold the image (WebP: over 16,383 pixels).
+    and for an image that WebP cannot hold (over 16,383 pixels a side).
     """
     from PIL import Image
 
     if file_format not in FORMATS:
         raise ValueError(f"format must be {', '.join(FORMATS)}, got {file_format!r}")
+    if file_format == "webp" and max(image.shape[:2]) > _WEBP_SIDE:
+        raise ValueError(
+            f"WebP holds {_WEBP_SIDE:,} pixels a side, this is {image.shape[1]} x "
+            f"{image.shape[0]}: PNG holds more"
+        )
     grey = image.ndim == 2
     options: dict[str, Any] = {}
     if icc_profile and not grey:

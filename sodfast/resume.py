@@ -12,8 +12,8 @@ from torch import nn
 
 from .launch import Launch
 from .models import create_model
+from .pretrained import from_pretrained
 from .recipe import Recipe
-from .weights import load
 
 __all__ = ["State", "begin", "capture", "network_of", "restore"]
 
@@ -39,9 +39,16 @@ def network_of(
     if found is not None:
         return found[1]["model"]["name"], found[1]["model"]["config"]
     if init is not None:
-        model: Any = load(init)
+        model: Any = _started(init, recipe)
         return model.name, model.config
     return recipe.model, recipe.config
+
+
+def _started(init: str | os.PathLike[str], recipe: Recipe) -> nn.Module:
+    model = from_pretrained(init)
+    if model.name != recipe.model:
+        raise ValueError(f"init: {init} holds {model.name}, and the recipe trains {recipe.model}")
+    return model
 
 
 def begin(
@@ -60,9 +67,11 @@ def begin(
         if changed:
             raise ValueError(f"{path}: the run had another recipe; differs: {changed}")
         if saved["names"] != names:
-            raise ValueError(f"{path}: the run was trained on other pictures than these")
+            raise ValueError(
+                f"{path}: the run was trained on other pictures than these, or by another teacher"
+            )
     elif init is not None:
-        return load(init).train().requires_grad_(True)
+        return _started(init, recipe).train().requires_grad_(True)
     name, config = network_of(recipe, found, init)
     return create_model(name, **config)
 

@@ -102,7 +102,7 @@ class RunLog:
         if self._file is None:
             return
         line = json.dumps({"event": event, "time": round(time.time(), 3), **values})
-        self._file.write(line.encode() + b"\n")
+        self._file.write(line.encode(errors="backslashreplace") + b"\n")
         self._file.flush()
         if self._board is not None and "step" in values:
             for name, value in values.items():

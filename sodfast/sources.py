@@ -58,7 +58,7 @@ class Sources:
             names += ["", self.teacher.identity]
         if self.unlabelled is not None:
             names += self.unlabelled.names
-        return hashlib.sha256("\n".join(names).encode()).hexdigest()
+        return hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()
 
     def batches(
         self, rows: np.ndarray, recipe: Recipe, pre: dict[str, Any], device: torch.device,

@@ -276,7 +276,7 @@ class Trainer:
         before = self.validate_now("before elimination")
         self.save_weights("trained.safetensors")
         if before is not None and self.average is not None:  # which is not what loses channels
-            before = validate(self.model, *self.held, recipe.size, self.device)
+            before = self.scores(self.model)
             self.model.train()
         smaller, report = prune(
             self.model, recipe.prune_criterion, recipe.prune_mode, recipe.prune_threshold,
@@ -352,6 +352,17 @@ class Trainer:
 
     # ---- validation and files --------------------------------------------------------------------
 
+    def scores(self, model: nn.Module) -> dict[str, float]:
+        """Of a network on the held-out pairs. Raises TrainingError where its maps hold NaN."""
+        try:
+            return validate(model, *self.held, self.recipe.size, self.device)
+        except ValueError as error:
+            self.log.write("stop", reason=str(error), step=self.state.step)
+            raise TrainingError(
+                f"{error} on held-out pictures after step {self.state.step}; "
+                f"{checkpoint.advice(self.run)}"
+            ) from error
+
     def validate_now(self, label: str = "", keep: bool = True) -> dict[str, float] | None:
         """Scores the network (its average, where there is one) on the held-out pairs; keeps it
         as weights.safetensors where it is the best of its phase so far."""
@@ -360,10 +371,7 @@ class Trainer:
             model = self.average
             if self.averaged:
                 self.estimate_statistics(model, self.done())
-        cache, rows = self.held
-        scores = None
-        if len(rows):
-            scores = validate(model, cache, rows, self.recipe.size, self.device)
+        scores = self.scores(model) if len(self.held[1]) else None
         self.model.train()
         if not self.launch.is_main:
             return scores

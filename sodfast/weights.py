@@ -188,6 +188,10 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
             # clone: a tensor of safe_open may be a view of the file, which can change under us.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
+        if path.suffix == ".sodfast":
+            raise ValueError(
+                f"{path}: a plan, not weights: sodfast.load_plan and the C library run it"
+            ) from error
         raise ValueError(
             f"{path}: not a safetensors file, or cut or damaged ({_short(error)})"
         ) from error

@@ -6,9 +6,12 @@ import weakref
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
+from sodfast import use_backend
+from sodfast.nn import GOctConv, ILBlock, NormAct, SimplifiedGOctConv
 from sodfast.ops import goctconv, scfm
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -78,3 +81,25 @@ def test_a_dropped_graph_keeps_nothing() -> None:
         assert kept and all(ref() is None for ref in kept)
     finally:
         gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in func.jvp
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_refused(grad: bool) -> None:
+    """Below autograd a tangent would be lost without a word, and the derivative be 0."""
+    x, tangent = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for layer in (GOctConv(4, 3), SimplifiedGOctConv(4), NormAct(4), ILBlock(4, 3)):
+        layer.eval().requires_grad_(grad)
+
+        def run(x: Tensor, layer: nn.Module = layer) -> Tensor:
+            return layer([x])[0]
+
+        with pytest.raises(NotImplementedError, match=r"sodfast\.goctconv.* no forward-mode"):
+            torch.func.jvp(run, (x,), (tangent,))
+        with torch.no_grad(), forward_ad.dual_level(), pytest.raises(NotImplementedError):
+            run(forward_ad.make_dual(x, tangent))
+        assert run(x).abs().max() > 0
+        with use_backend("reference"):
+            value, slope = torch.func.jvp(run, (x,), (tangent,))
+        torch.testing.assert_close(value, run(x))
+        assert slope.abs().max() > 0

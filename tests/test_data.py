@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from scipy import ndimage
 from sodfast.data import cache as cache_module
 from sodfast.data.augment import augment, draw, draw_colour, uniform
 from sodfast.data.batches import Batches, hold_out
-from sodfast.data.cache import BadPairs, build_cache, open_data
+from sodfast.data.cache import BadPairs, build_cache, open_data, open_images
 from sodfast.data.folders import find_pairs
 from sodfast.data.synth import make_scene, write_scenes
 from sodfast.data.synth_depth import make_depth_scene
@@ -287,3 +288,19 @@ def test_write_scenes_refuses(tmp_path: Path) -> None:
         write_scenes(tmp_path / "b", 0)
     with pytest.raises(ValueError, match="size must be at least 16 pixels, got 8"):
         make_scene(0, 0, 8)
+
+
+def test_links_and_names_that_lead_nowhere(tmp_path: Path) -> None:
+    """A broken link is a bad picture like any; a name may hold bytes that are no UTF-8."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in (b"a.jpg", b"\xff\xfe.jpg"):
+        with open(os.fsencode(folder) + b"/" + name, "wb") as file:
+            Image.new("RGB", (20, 24)).save(file, format="JPEG")
+    (folder / "broken.jpg").symlink_to("nowhere.jpg")
+    options: dict[str, Any] = {"folder": tmp_path / "cache", "progress": False}
+    with pytest.raises(ValueError, match="broken"):
+        open_images(folder, 16, **options)
+    cache = open_images(folder, 16, skip_bad=True, **options)
+    assert len(cache.names) == 2
+    assert sorted(map(len, hold_out(cache.names, 0.5))) == [1, 1]

@@ -118,3 +118,19 @@ def test_broken_links(tmp_path: Path) -> None:
     jobs, failures = find_jobs([tmp_path / "link.jpg"], tmp_path / "out")
     assert not jobs
     assert [failure.reason for failure in failures] == ["is a broken link"]
+
+
+def test_an_output_among_the_inputs_is_refused(tmp_path: Path) -> None:
+    """The next time what was written there would be taken for pictures."""
+    touch(tmp_path / "in" / "a.jpg")
+    with pytest.raises(ValueError, match="is one of the folders to read"):
+        find_jobs([tmp_path / "in"], tmp_path / "x" / ".." / "in")
+    jobs, _ = find_jobs([tmp_path / "in"], tmp_path / "in" / "maps")  # is passed over
+    assert [job.source.name for job in jobs] == ["a.jpg"]
+
+
+def test_empty_names_are_refused(tmp_path: Path) -> None:
+    """As of a shell's variable that is not set; Path("") is the current folder."""
+    for inputs, output in (([""], tmp_path), ([tmp_path, ""], tmp_path / "out"), ([tmp_path], "")):
+        with pytest.raises(ValueError, match="is empty: name a folder"):
+            find_jobs(inputs, output)

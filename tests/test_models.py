@@ -350,3 +350,23 @@ def test_initialisation_is_that_of_torch():
 def test_impossible_layer_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_layers_say_what_they_want() -> None:
+    """The first mistakes: one tensor for two scales, a scale too few, other channels, an array."""
+    block = sodfast.nn.ILBlock((20, 12), (24, 16))
+    fine, coarse = torch.rand(1, 20, 8, 8), torch.rand(1, 12, 4, 4)
+    for xs, found in ((fine, r"1 of \(20,\)"), ([coarse, fine], r"2 of \(12, 20\)")):
+        with pytest.raises(ValueError, match=rf"2 scales of \(20, 12\) channels, got {found}"):
+            block(xs)
+    with pytest.raises(TypeError, match=r"xs\[1\] must be a tensor, not ndarray"):
+        block([fine, coarse.numpy()])
+    with pytest.raises(ValueError, match=r"in_channels must be 1 to 4 numbers .*: 3\.5"):
+        sodfast.nn.GOctConv(3.5, 3)
+    for layer in (
+        sodfast.nn.GOctConv((20, 12), 4), sodfast.nn.SimplifiedGOctConv((20, 12)),
+        sodfast.nn.NormAct((20, 12)), sodfast.nn.DilatedBank((20, 12), ((4, 4), (4, 0)), (1, 2)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"2 scales of \(20, 12\) channels, got 1 of \(20,\)"):
+            layer([fine])
+        layer([fine, coarse])

@@ -299,7 +299,7 @@ def test_max_pixels(
     arguments = ("predict", photos, "-o", out, "--weights", weights, "--max-pixels")
     for limit, words in (
         (30_000, "large.png: has 200 x 200 = 40,000 pixels, more than the 30,000 allowed"),
-        (10_000, "large.png: has over twice the 10,000 pixels that Pillow allows"),
+        (10_000, "large.png: has over twice the 10,000 pixels that PIL.Image"),
     ):
         status, _, err = run(capsys, *arguments, limit)
         assert status == 1 and "1 of 3" in err and words in err

@@ -78,8 +78,21 @@ def test_threads_are_set_and_checked() -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
-        Predictor(small_model(), threads=0)
+    for value in (0, "2", 1.5, True):
+        with pytest.raises(ValueError, match=f"threads must be a whole .* got {value!r}"):
+            Predictor(small_model(), threads=value)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="threads must be at most 1024, got 20000"):
+        Predictor(small_model(), threads=20000)
+
+
+def test_sizes_of_any_integer() -> None:
+    assert Predictor(small_model(), size=np.int64(48)).size == (48, 48)  # type: ignore[arg-type]
+    assert Predictor(small_model(), size=[32, 48]).size == (32, 48)  # type: ignore[arg-type]
+    for value in ((32,), "32", 32.0, (32, 0), True):
+        with pytest.raises(ValueError, match="size must be one or two positive whole numbers"):
+            Predictor(small_model(), size=value)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="weights is a Conv2d without preprocessing"):
+        Predictor(torch.nn.Conv2d(3, 1, 1))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (301, 2), (17, 33)])
@@ -140,7 +153,7 @@ def test_an_error_in_a_list_is_raised(tmp_path: Path) -> None:
 
 def test_batch_and_pixels_are_checked(tmp_path: Path) -> None:
     for name in ("batch", "max_pixels", "threads"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
             Predictor(small_model(), **{name: 0})  # type: ignore[arg-type]
     Image.fromarray(picture()).save(tmp_path / "p.png")
     with pytest.raises(ValueError, match="more than the 100 allowed"):

@@ -411,6 +411,19 @@ def test_command(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert picture.read_bytes()[:4] == b"\x89PNG" and str(picture) in printed
 
 
+def test_command_keeps_its_source(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = weights.read_bytes()
+    link = weights.with_name("link.safetensors")
+    link.symlink_to(weights)
+    assert main(["prune", str(weights), "-o", str(link), "--no-figures"]) == 2
+    assert "would overwrite the weights that are pruned" in capsys.readouterr().err
+    out = weights.with_name("small.safetensors")
+    assert main(["prune", str(weights), "-o", str(out), "--images", "nowhere"]) == 1
+    assert "nowhere" in capsys.readouterr().err and not out.exists()
+    assert weights.read_bytes() == before
+    assert main(["prune", "csnet-fast", "-o", str(out), "--no-figures"]) == 0
+
+
 def test_command_without_matplotlib(
     weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -302,6 +302,25 @@ def test_a_loss_that_is_no_number_stops_the_run(scenes: Path, tmp_path: Path) ->
     assert dump["step"] == stop["step"] and "model" in dump
 
 
+def test_maps_that_are_no_numbers_stop_the_run(scenes: Path, tmp_path: Path) -> None:
+    """Here by a running mean that is none, which training does not look at."""
+    network = sodfast.create_model("csnet", **SMALL["config"])
+    next(b for n, b in network.named_buffers() if n.endswith("running_mean")).fill_(float("nan"))
+    sodfast.save(network, tmp_path / "odd.safetensors")
+    recipe = Recipe(**{**SMALL, "prune": False, "finetune_epochs": 0, "ema": 0.0})
+    with pytest.raises(TrainingError, match="holds NaN on held-out pictures after step [1-9]"):
+        train(
+            recipe, scenes / "set", tmp_path / "run", device="cpu", progress=False,
+            cache_folder=scenes / "cache", init=tmp_path / "odd.safetensors",
+        )  # fmt: skip
+    assert "holds NaN" in read_log(tmp_path / "run", "stop")[0]["reason"]
+
+
+def test_weights_of_another_network_are_no_start(scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="scfnet-lite holds scfnet, and the recipe trains csnet"):
+        train(Recipe(**SMALL), scenes / "set", tmp_path / "run", init="scfnet-lite", device="cpu")
+
+
 def run_here(folder: Path, run: Path, resume: bool = False, **changes: Any) -> dict[str, Any]:
     return train(
         Recipe(**{**SMALL, **changes}), folder / "set", run, resume=resume, device="cpu",
@@ -446,9 +465,20 @@ def test_settings_change_a_recipe() -> None:
             "schedule=linear",
             "schedule must be steps or cosine or poly or warmup_cosine, got 'linear'",
         ),
-        ("finetune_epochs=99", r"finetune_epochs must not exceed epochs \(16\), got 99"),
+        ("finetune_epochs=99", r"finetune_epochs must be below epochs \(16\), got 99"),
+        ("finetune_epochs=16", r"finetune_epochs must be below epochs \(16\), got 16"),
         ("sizes=[[2, 64]]", "sizes must be"),
+        ("sizes=[[0, 'a']]", "sizes must be"),
+        ("sizes=[3]", "sizes must be"),
         ("lambda_steps=[[0.5, -1]]", "lambda_steps must be"),
+        ("lr=inf", "lr must be finite, got inf"),
+        ("lambda_d=nan", "lambda_d must be finite, got nan"),
+        ("betas=[0.9]", "betas must be two numbers"),
+        ("betas=[0.9, 'a']", "betas must be two numbers"),
+        ("betas=[2, 3]", "betas must be two numbers"),
+        ("milestones=['a']", "milestones must be epochs"),
+        ("seed=99999999999999999999", "seed must be"),
+        ("cache_size=1", "cache_size must be 0 or at least 16, got 1"),
         ("ema=1.0", "ema must be from 0 to under 1"),
         ("lr", "a setting must be key=value, got 'lr'"),
         ("batchsize=3", "unknown key 'batchsize'; did you mean 'batch_size'"),
@@ -489,6 +519,14 @@ def test_command_line(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     arguments = ["train", "csnet-fast", "--data", str(tmp_path / "no"), "-o", str(tmp_path / "r")]
     assert main(arguments) == 1
     assert "no such data folder" in shown()
+    assert main([*arguments, "--device", "foo"]) == 1
+    assert "device 'foo': " in shown()
+    arguments[3] = str(scenes / "set")
+    assert main([*arguments, "--set", "config.width=abc"]) == 1
+    assert "csnet cannot be made with {'width': 'abc'" in shown()
+    arguments[1] = "scfnet-lite"
+    assert main([*arguments, "--set", "size=33"]) == 1
+    assert "efficientnet_lite0 begins from random numbers" in shown()
     assert main(["data", "synth", str(tmp_path / "s"), "--n", "2", "--size", "32"]) == 0
     assert main(["data", "synth", str(tmp_path / "s"), "--n", "2"]) == 2
     assert "is not empty" in shown()

@@ -155,6 +155,9 @@ def test_foreign_files(tmp_path: Path) -> None:
     for content in (b"hello, this is text", os.urandom(5000), b"\xff" * 100, b"{}" * 20):
         path.write_bytes(content)
         refused(path, "not a safetensors file")
+    plan = tmp_path / "network.sodfast"
+    plan.write_bytes(b"sodfast" * 100)
+    refused(plan, "a plan, not weights: sodfast.load_plan")
     save_file({"a": torch.zeros(2)}, path)
     refused(path, "not written by sodfast")
     save_file({"a": torch.zeros(2)}, path, metadata={"format": "pt"})

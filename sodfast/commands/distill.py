@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from . import UsageError, WorkError
-from .train import add_options, print_table
+from . import UsageError
+from .train import add_options, failed, print_table, warn_of_encoder
 
 
 def add_parser(subparsers: Any) -> None:
@@ -19,7 +19,7 @@ def add_parser(subparsers: Any) -> None:
         "needed. Writes to RUN what sodfast train writes.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="of the student: a name or a .toml file")
-    parser.add_argument("--teacher", required=True, metavar="W", help="its weights, .safetensors")
+    parser.add_argument("--teacher", required=True, metavar="W", help="its weights, as in predict")
     parser.add_argument(
         "--images",
         metavar="DIR",
@@ -33,7 +33,6 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..distill import distill
     from ..recipe import load_recipe
-    from ..train import TrainingError
 
     try:
         recipe = load_recipe(arguments.recipe, arguments.set)
@@ -41,13 +40,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(error) from error
     if arguments.images is None and recipe.loss != "dkd":
         raise UsageError("--images is missing: pictures without ground truth (only dkd needs none)")
+    warn_of_encoder(arguments, recipe)
     try:
         table = distill(
             recipe, arguments.teacher, arguments.images, arguments.output, arguments.data,
             val=arguments.val, resume=arguments.resume, init=arguments.init,
             device=arguments.device, cache_folder=arguments.cache, skip_bad=arguments.skip_bad,
         )  # fmt: skip
-    except (ImportError, OSError, TrainingError, ValueError) as error:
-        raise WorkError(error) from error
+    except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
+        raise failed(error) from error
     print_table(table, recipe.size, arguments.output)
     return 0

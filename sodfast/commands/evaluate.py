@@ -50,7 +50,9 @@ def add_parser(subparsers: Any) -> None:
     network.add_argument(
         "--no-speed", action="store_true", help="do not measure images per second (2 s)"
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="default: all cores, or OMP_NUM_THREADS"
+    )
     parser.add_argument("--names", metavar="FILE", help="only these: a text file, a name per line")
     parser.add_argument(
         "--resize", action="store_true", help="resize maps of another size to their truth"

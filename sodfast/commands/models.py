@@ -16,19 +16,21 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..models import count, create_model
     from ..models.registry import VARIANTS
+    from ..pretrained import pretrained_names
 
-    print(f"{'model':13}{'configuration':31}{'parameters':>12}{'conv MACs':>12}{'paper MACC':>12}")
+    print(f"{'model':13}{'configuration':39}{'parameters':>12}{'conv MACs':>12}{'paper MACC':>12}")
     for name, configuration in VARIANTS:
         with torch.device("meta"):  # shapes are enough
             counts = count(create_model(name, **configuration))
         print(
-            f"{name:13}{_words(configuration):31}{counts['params']:>12,}"
+            f"{name:13}{_words(configuration):39}{counts['params']:>12,}"
             f"{counts['conv_macs'] / 1e9:>10.4f} G{counts['paper_macs'] / 1e9:>10.4f} G"
         )
     print(
         "\nWork for one image of 224 x 224. conv MACs: multiply-accumulates of the convolutions.\n"
         "paper MACC: as the papers count, which adds normalisation, activation, resizing, pooling."
     )
+    print("\nWeights that come with sodfast, by name:", ", ".join(pretrained_names()))
     return 0
 
 

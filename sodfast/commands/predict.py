@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -82,7 +83,10 @@ def add_parser(subparsers: Any) -> None:
         help="pictures that go through the network at once (default: 1, best on a CPU)",
     )
     parser.add_argument(
-        "--threads", type=positive, metavar="N", help="CPU threads (default: all cores)"
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="CPU threads (default: all cores, or what OMP_NUM_THREADS says)",
     )
     parser.add_argument("--device", metavar="D", default="cpu", help="cpu, cuda, … (default: cpu)")
     parser.add_argument(
@@ -152,10 +156,13 @@ def _check(arguments: argparse.Namespace) -> None:
     elif "-" in arguments.inputs:
         if len(arguments.inputs) > 1 or arguments.output not in (None, "-"):
             raise UsageError("- reads one picture and writes to standard output: no more, no -o")
-        if sys.stdout.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
             raise UsageError("a picture would go to the terminal; redirect it: … - > map.png")
     elif arguments.output is None:
         arguments.output = "maps"
+    for name in ("output", "weights"):
+        if getattr(arguments, name) == "":
+            raise UsageError(f"--{name} is empty")
 
 
 @contextlib.contextmanager
@@ -274,6 +281,8 @@ def _standard_input(arguments: argparse.Namespace, predictor: Predictor) -> int:
     from ..pictures import read_picture
     from ..predict import make_file
 
+    if sys.stdin is None or sys.stdout is None:
+        raise UsageError("- needs standard input and standard output, and one of them is closed")
     _say(arguments, predictor, "standard input to standard output")
     data = sys.stdin.buffer.read(_MAX_STDIN + 1)
     if len(data) > _MAX_STDIN:
@@ -289,7 +298,15 @@ def _standard_input(arguments: argparse.Namespace, predictor: Predictor) -> int:
         )
     except Exception as error:  # whatever a damaged picture provokes
         raise WorkError(f"standard input: {describe(error)}") from error
-    sys.stdout.buffer.write(result)
+    try:
+        sys.stdout.buffer.write(result)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What could not be written would be tried, and complained of, once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise WorkError(f"standard output: {describe(error)}") from error
     return 0
 
 

@@ -20,7 +20,9 @@ def add_parser(subparsers: Any) -> None:
         "and scale, parameters and work, and draws the learned channels, the distribution of γ "
         "and the spread of outputs beside it.",
     )
-    parser.add_argument("weights", metavar="WEIGHTS", help="a .safetensors file with a CSNet")
+    parser.add_argument(
+        "weights", metavar="WEIGHTS", help="a .safetensors file with a CSNet, or csnet-fast"
+    )
     parser.add_argument(
         "-o", "--output", required=True, metavar="OUT.safetensors", help="the file to write"
     )
@@ -54,8 +56,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from ..predict import check_writable
+    from ..pretrained import from_pretrained, weights_file
     from ..prune import THRESHOLD, prune
-    from ..weights import load, save
+    from ..weights import save
 
     by_threshold = arguments.criterion == "threshold"
     if (arguments.ratio if by_threshold else arguments.threshold) is not None:
@@ -66,10 +70,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.size % 16:
         raise UsageError(f"--size must be a multiple of 16, not {arguments.size}")
     try:
-        model = load(arguments.weights)
+        source, out = weights_file(arguments.weights), Path(arguments.output)
+        if out.exists() and source.exists() and out.samefile(source):
+            raise UsageError(f"-o {out} would overwrite the weights that are pruned")
+        check_writable(out.parent)
+        model = from_pretrained(arguments.weights)
         expected: dict[str, Any] = model.preprocessing  # type: ignore[assignment]
         if arguments.images is not None and len(expected["mean"]) == 4:
             raise UsageError(f"--images: {arguments.weights} takes depth maps; leave it out")
+        pictures = None
+        if arguments.images is not None and not arguments.no_figures:
+            pictures = _read_pictures(Path(arguments.images), expected)
         pruned, report = prune(model, arguments.criterion, arguments.mode, threshold, ratio)
     except (OSError, TypeError, ValueError) as error:
         raise WorkError(error) from error
@@ -78,7 +89,9 @@ def run(arguments: argparse.Namespace) -> int:
         save(pruned, arguments.output)
         print(f"{arguments.output}: written")
         if not arguments.no_figures:
-            for path in _draw(arguments, model, pruned, threshold if by_threshold else None):
+            for path in _draw(
+                arguments, model, pruned, pictures, threshold if by_threshold else None
+            ):
                 print(f"{path}: drawn")
     except ImportError as error:  # the figures are an extra
         print(f"sodfast: warning: {error}", file=sys.stderr)
@@ -90,7 +103,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _draw(
-    arguments: argparse.Namespace, model: Any, pruned: Any, threshold: float | None
+    arguments: argparse.Namespace,
+    model: Any,
+    pruned: Any,
+    pictures: list[Any] | None,
+    threshold: float | None,
 ) -> list[Path]:
     import torch
 
@@ -106,10 +123,10 @@ def _draw(
         {"before": model.config["channels"], "pruned": pruned.config["channels"]}, channels
     )
     draw_gammas({"before": model}, gammas, threshold)
-    if arguments.images is None:
+    if pictures is None:
         images, title = smooth_pictures(4, model.preprocessing), "on random colour gradients"
     else:
-        images = torch.cat(_read_pictures(Path(arguments.images), model.preprocessing))
+        images = torch.cat(pictures)
         title = f"on {len(images)} pictures of {arguments.images}"
     measured = {"before": output_spread(model, images)}
     if arguments.mode == "exact":  # without statistics there is nothing to measure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from . import UsageError, WorkError
@@ -32,7 +33,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--init", metavar="FILE", help="start from these weights")
+    parser.add_argument(
+        "--init", metavar="W", help="start from these weights: a file, or a name as in predict"
+    )
     parser.add_argument("--device", metavar="D", help="cpu, cuda, … (default: a GPU if there is)")
     parser.add_argument("--cache", metavar="DIR", help="where decoded pictures are kept")
     parser.add_argument(
@@ -42,21 +45,46 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..recipe import load_recipe
-    from ..train import TrainingError, train
+    from ..train import train
 
     try:
         recipe = load_recipe(arguments.recipe, arguments.set)
     except (ImportError, OSError, ValueError) as error:
         raise UsageError(error) from error
+    warn_of_encoder(arguments, recipe)
     try:
         table = train(
             recipe, arguments.data, arguments.output, arguments.val, arguments.resume,
             arguments.init, arguments.device, arguments.cache, arguments.skip_bad,
         )  # fmt: skip
-    except (ImportError, OSError, TrainingError, ValueError) as error:
-        raise WorkError(error) from error
+    except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
+        raise failed(error) from error
     print_table(table, recipe.size, arguments.output)
     return 0
+
+
+def failed(error: Exception) -> WorkError:
+    """What is said of an error of `train`; one that nobody foresaw is raised as it is."""
+    from ..train import TrainingError
+
+    text = str(error)
+    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+        return WorkError("the run needs more memory than there is")
+    if isinstance(error, RuntimeError) and not isinstance(error, TrainingError):
+        raise error
+    return WorkError(error)
+
+
+def warn_of_encoder(arguments: argparse.Namespace, recipe: Any) -> None:
+    """A large encoder learns little of a few thousand pictures, and nobody sees why."""
+    config = recipe.config
+    begun = arguments.init is not None or arguments.resume
+    if "encoder" in config and not config.get("encoder_weights") and not begun:
+        print(
+            f"sodfast: warning: the encoder {config['encoder']} begins from random numbers; "
+            "--set config.encoder_weights=FILE names pretrained ones",
+            file=sys.stderr,
+        )
 
 
 def print_table(table: dict[str, Any], size: int, folder: str) -> None:

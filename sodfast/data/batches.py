@@ -7,6 +7,7 @@ to be remembered to resume, and every rank can work out its share alone.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -27,7 +28,7 @@ def hold_out(names: Sequence[str], part: float) -> tuple[np.ndarray, np.ndarray]
 
     The choice depends on the names alone, so it stays the same for every seed and order.
     """
-    ranked = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
+    ranked = sorted(range(len(names)), key=lambda i: hashlib.sha256(os.fsencode(names[i])).digest())
     count = round(part * len(names))
     return np.array(sorted(ranked[count:]), int), np.array(sorted(ranked[:count]), int)
 

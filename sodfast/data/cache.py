@@ -168,8 +168,11 @@ def _stamp(pair: Pair | Unlabelled) -> list[str | int]:
     stamp: list[str | int] = [pair.name]
     for path in (pair.image, pair.mask, pair.depth):
         if path is not None:
-            status = path.stat()
-            stamp += [status.st_size, status.st_mtime_ns]
+            try:
+                status = path.stat()
+                stamp += [status.st_size, status.st_mtime_ns]
+            except OSError:  # a broken link: a bad file, as it will turn out
+                stamp += [0, 0]
     return stamp
 
 

@@ -29,6 +29,7 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("csf", {"encoder": "resnet50"}),
     ("csf", {"encoder": "res2net50"}),
     ("scfnet", {"encoder": "mobilenet_v3_large_050"}),
+    ("scfnet", {"encoder": "efficientnet_lite0", "channels": 32}),
     ("scfnet", {"encoder": "resnet50"}),
     ("scfnet", {"encoder": "vgg16"}),
     ("scfnet-base", {"encoder": "mobilenet_v3_large_050"}),
@@ -71,7 +72,10 @@ def create_model(name: str, **config: Any) -> nn.Module:
     for key in config:
         if key not in known:
             raise ValueError(f"{name} has no argument {key!r}{_nearest(key, known)}")
-    return model(**config)
+    try:
+        return model(**config)
+    except TypeError as error:
+        raise ValueError(f"{name} cannot be made with {config}: {error}") from error
 
 
 def _known(name: str) -> type[nn.Module]:

@@ -196,8 +196,9 @@ class DilatedBank(nn.Module):
         if self.weight_gain != 1:
             weights = [weight * self.weight_gain for weight in weights]
         ys = ops.goctconv_dilated(
-            scale_list(xs), weights, self.dilations, self.out_channels, self.bias, self.slope
-        )
+            scale_list(xs, self.in_channels), weights, self.dilations, self.out_channels,
+            self.bias, self.slope,
+        )  # fmt: skip
         return self.norm(ys)
 
     def extra_repr(self) -> str:

@@ -1,7 +1,7 @@
 """The three layers that hold parameters: cross-scale convolution, depthwise, norm + PReLU."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ Scales = Tensor | Sequence[Tensor]
 
 def channel_tuple(channels: Channels, name: str) -> tuple[int, ...]:
     """Channel counts per scale as a tuple; an int means one scale."""
-    counts = (channels,) if isinstance(channels, int) else tuple(channels)
+    counts = tuple(channels) if isinstance(channels, Iterable) else (channels,)
     if not 1 <= len(counts) <= 4 or any(not isinstance(c, int) or c < 0 for c in counts):
         raise ValueError(f"{name} must be 1 to 4 numbers from 0 on, one per scale: {channels!r}")
     if sum(counts) == 0:
@@ -22,9 +22,24 @@ def channel_tuple(channels: Channels, name: str) -> tuple[int, ...]:
     return counts
 
 
-def scale_list(xs: Scales) -> list[Tensor]:
-    """The tensors of all scales as a list; a single tensor stands for one scale."""
-    return [xs] if isinstance(xs, Tensor) else list(xs)
+def scale_list(xs: Scales, channels: tuple[int, ...] | None = None) -> list[Tensor]:
+    """The tensors of all scales as a list; a single tensor stands for one scale.
+
+    Raises ValueError where they have other than these channels, which a layer was made for.
+    """
+    xs = [xs] if isinstance(xs, Tensor) else list(xs)
+    for i, x in enumerate(xs):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"xs[{i}] must be a tensor, not {type(x).__name__}")
+    # What is no (B, C, H, W) the op refuses.
+    if channels is not None and all(x.ndim == 4 for x in xs):
+        found = tuple(x.shape[1] for x in xs)
+        if found != channels:
+            raise ValueError(
+                f"xs must be {len(channels)} scales of {channels} channels, "
+                f"got {len(xs)} of {found}"
+            )
+    return xs
 
 
 def init_convolution(weight: Tensor) -> None:
@@ -80,13 +95,15 @@ class GOctConv(nn.Module):
 
     def forward(self, xs: Scales) -> list[Tensor]:
         return ops.goctconv(
-            scale_list(xs), self.weight, self.out_channels, self.stride, self.bias, self.slope
-        )
+            scale_list(xs, self.in_channels), self.weight, self.out_channels, self.stride,
+            self.bias, self.slope,
+        )  # fmt: skip
 
     def measured(self, xs: Scales) -> tuple[list[Tensor], Tensor]:
         """The forward of a layer without bias, and the moments of its result; see
         :func:`ops.goctconv_measured`."""
-        return ops.goctconv_measured(scale_list(xs), self.weight, self.out_channels, self.stride)
+        xs = scale_list(xs, self.in_channels)
+        return ops.goctconv_measured(xs, self.weight, self.out_channels, self.stride)
 
     def extra_repr(self) -> str:
         return (
@@ -129,7 +146,8 @@ class SimplifiedGOctConv(nn.Module):
 
     def forward(self, xs: Scales) -> list[Tensor]:
         weight = self.weight if self.weight_gain == 1 else self.weight * self.weight_gain
-        return ops.goctconv_depthwise(scale_list(xs), weight, self.dilation, self.bias, self.slope)
+        xs = scale_list(xs, self.channels)
+        return ops.goctconv_depthwise(xs, weight, self.dilation, self.bias, self.slope)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, dilation={self.dilation}, weight_gain={self.weight_gain}"
@@ -203,7 +221,7 @@ class NormAct(nn.Module):
         return ys, moments if self.training else None
 
     def _checked(self, xs: Scales) -> list[Tensor]:
-        xs = scale_list(xs)
+        xs = scale_list(xs, self.channels)
         if self.training:
             for i, x in enumerate(xs):
                 if x.shape[1] and x.shape[0] * x.shape[2] * x.shape[3] == 1:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _AFTER = torch._C._after_autograd_keyset
 
@@ -57,6 +58,8 @@ def differentiable(
 
     def run(keyset: Any, *args: Any) -> Any:
         keys = keyset & _AFTER
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(overload, args)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return overload.redispatch(keys, *args)
         flat, arguments = _flatten(args)
@@ -65,6 +68,15 @@ def differentiable(
         return output[0] if call.single else tuple(output)
 
     return run
+
+
+def _refuse_tangents(overload: Any, args: tuple) -> None:
+    """Below autograd a tangent would be lost, and its result be taken for 0."""
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in _flatten(args)[0]):
+        raise NotImplementedError(
+            f"{overload} has no forward-mode derivative (torch.func.jvp, forward_ad): use reverse "
+            'mode, or sodfast.use_backend("reference")'
+        )
 
 
 class _Call:
