@@ -340,6 +340,8 @@ def test_eval_refuses_what_makes_no_sense(
         ((*maps, "--worst", 3), "--worst needs --sheet"),
         ((*maps, "--size", 64), "--size belongs to --weights"),
         (("--weights", weights, "--data", data, "--resize"), "--resize belongs to"),
+        ((*maps, "--per-image", maps[0] / "0.png" / "x.csv"), "there is no folder"),
+        ((*maps, "--curves", "curves.jpg"), "--curves: must end in .png, got 'curves.jpg'"),
     ):
         status, out, err = run(capsys, "eval", *arguments)
         assert status == 2 and out == "" and "sodfast: error:" in err and words in err, words
@@ -347,7 +349,6 @@ def test_eval_refuses_what_makes_no_sense(
         ((maps[0], maps[1] / "gone"), "no such folder"),
         (("--weights", weights.with_name("gone.safetensors"), "--data", data), "gone.safetensors"),
         (("--weights", weights, "--data", data / "images"), "found neither folders"),
-        ((*maps, "--per-image", maps[0] / "0.png" / "x.csv"), "not a directory"),
     ):
         status, _, err = run(capsys, "eval", *arguments)
         assert status == 1 and "sodfast: error:" in err and words in err.lower(), words

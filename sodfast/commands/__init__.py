@@ -11,8 +11,9 @@ What it needs beyond argparse is imported inside `run`, so that `sodfast --help`
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-__all__ = ["UsageError", "WorkError", "positive"]
+__all__ = ["UsageError", "WorkError", "new_file", "new_png", "positive"]
 
 
 class UsageError(Exception):
@@ -32,3 +33,17 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
     return value
+
+
+def new_file(text: str) -> str:
+    """A type for argparse: a file to write, in a folder that is there, before any work is done."""
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent} for {text!r}")
+    return text
+
+
+def new_png(text: str) -> str:
+    """The same of a file with the ending .png."""
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"must end in .png, got {text!r}")
+    return new_file(text)

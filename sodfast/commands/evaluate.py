@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import UsageError, WorkError, positive
+from . import UsageError, WorkError, new_file, new_png, positive
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,10 +65,15 @@ def add_parser(subparsers: Any) -> None:
     form.add_argument("--json", action="store_true", help="JSON on stdout, curves included")
     form.add_argument("--markdown", action="store_true", help="a Markdown table on stdout")
     out.add_argument(
-        "--curves", metavar="FILE.png", help="precision-recall and F over the threshold"
+        "--curves",
+        type=new_png,
+        metavar="FILE.png",
+        help="precision-recall and F over the threshold",
     )
-    out.add_argument("--per-image", metavar="FILE.csv", help="a line per map")
-    out.add_argument("--sheet", metavar="FILE.png", help="the worst maps: photo | truth | map")
+    out.add_argument("--per-image", type=new_file, metavar="FILE.csv", help="a line per map")
+    out.add_argument(
+        "--sheet", type=new_png, metavar="FILE.png", help="the worst maps: photo | truth | map"
+    )
     out.add_argument("--worst", type=positive, metavar="N", help="how many for --sheet (20)")
     out.add_argument(
         "--worst-by",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..metrics.scores import CONVENTIONS, FIGURES
-from . import UsageError, WorkError, positive
+from . import UsageError, WorkError, new_png, positive
 
 if TYPE_CHECKING:
     from ..plot import TradeoffRow
@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
         description="Draws networks of three sources together: rows of a CSV file (what papers "
         "print), results of `sodfast eval --json`, and weights that are evaluated now.",
     )
-    tradeoff.add_argument("-o", "--output", required=True, metavar="FILE.png")
+    tradeoff.add_argument("-o", "--output", required=True, type=new_png, metavar="FILE.png")
     tradeoff.add_argument(
         "--rows", nargs="+", action="extend", default=[], metavar="FILE.csv",
         help="published rows: name, f, parameters, macs, images_per_second, family, source",

@@ -248,7 +248,10 @@ def _files(arguments: argparse.Namespace, predictor: Predictor) -> int:
     except ValueError as error:
         raise UsageError(error) from error
     if not jobs and not failures:
-        raise WorkError(f"no pictures found in {', '.join(arguments.inputs)}")
+        raise WorkError(
+            f"no pictures found in {', '.join(arguments.inputs)}; "
+            "JPEG, PNG, WebP, BMP, TIFF, GIF and PPM are read"
+        )
     total = len({*(job.source for job in jobs), *(failure.source for failure in failures)})
     if arguments.depth is not None:
         try:
