@@ -397,4 +397,4 @@ def test_a_norm_alone_is_as_it_was() -> None:
         norm(xs)
         assert norm.channel_means is not None and norm.channel_means.shape == (2, 3)
         with pytest.raises(ValueError, match="more than one value"):
-            norm([x[:1, :, :1, :1] for x in xs[:1]] + [xs[1][:1, :0, :1, :1]])
+            norm([x[:1, :, :1, :1] for x in xs])
