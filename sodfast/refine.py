@@ -32,7 +32,7 @@ from .preprocess import bilinear_taps
 __all__ = ["refine"]
 
 SIDE = 224  # cells of the grid, at most: as the pixels that the networks see
-WITHIN = 0.2
+WITHIN = 0.2  # of the variance of colours within a cell
 EPSILON = 1e-4  # of colours in 0 … 1: contrast below 0.01 is noise
 LOW, HIGH = 0.2, 0.8  # become 0 and 1; see docs/cut_out_products.md for what they win
 

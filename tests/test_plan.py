@@ -300,6 +300,31 @@ sys.exit(0 if same else 1)
 """
 
 
+CROWDED = """
+import resource, sys, torch, sodfast
+plan = sodfast.load_plan(sys.argv[1])
+image = torch.linspace(-1, 1, 3 * 160 * 224).view(1, 3, 160, 224)
+torch.set_num_threads(1)
+with torch.no_grad():
+    expected = plan(image).numpy().tobytes()
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit = pages * resource.getpagesize() + (200 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    torch.set_num_threads(500)
+    same = plan(image).numpy().tobytes() == expected
+sys.exit(0 if same else 1)
+"""
+
+
+def test_as_many_threads_as_the_system_gives(plan, tmp_path):
+    """Here there is room for the stacks of some twenty, of 500 that were asked for."""
+    path = tmp_path / "network.sodfast"
+    plan.save(path)
+    command = [sys.executable, "-c", CROWDED, str(path)]
+    done = subprocess.run(command, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_forked_process_has_threads_of_its_own(plan, tmp_path):
     """As of a data loader or a web server: threads do not outlive a fork, nor does it hang."""
     path = tmp_path / "network.sodfast"

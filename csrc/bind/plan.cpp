@@ -20,13 +20,14 @@ namespace {
 // using it, and so is one that a forked process inherits without its threads.
 plan::Threads& plan_threads(int n) {
   struct Pool {
-    explicit Pool(int n) : threads(n) {}
+    explicit Pool(int n) : asked(n), threads(n) {}
+    const int asked;  // the system may have given fewer
     plan::Threads threads;
     const pid_t owner = getpid();
   };
   static std::atomic<Pool*> current{nullptr};
   Pool* pool = current;
-  while (pool == nullptr || pool->owner != getpid() || pool->threads.size() < n) {
+  while (pool == nullptr || pool->owner != getpid() || pool->asked < n) {
     auto made = std::make_unique<Pool>(n);
     if (current.compare_exchange_strong(pool, made.get())) pool = made.release();
   }

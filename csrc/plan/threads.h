@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -26,8 +27,13 @@ namespace sodfast::plan {
 // One loop at a time; who comes second runs its loop alone.
 class Threads {
  public:
+  // n with the caller, or as many as the system gives.
   explicit Threads(int n) {
-    for (int i = 1; i < n; ++i) workers_.emplace_back([this] { work(); });
+    workers_.reserve(static_cast<size_t>(std::max(n - 1, 0)));
+    try {
+      for (int i = 1; i < n; ++i) workers_.emplace_back([this] { work(); });
+    } catch (const std::system_error&) {
+    }
   }
   ~Threads() {
     {

@@ -48,6 +48,31 @@ void run(Threads& threads, int rounds, unsigned seed) {
   }
 }
 
+// Every range waits until all have begun, so that it ends only if every thread takes one; also those that sleep.
+void meet(Threads& threads) {
+  struct Meeting {
+    std::atomic<int> arrived{0};
+    int expected;
+    static void come(void* context, int64_t, int64_t) {
+      Meeting& meeting = *static_cast<Meeting*>(context);
+      ++meeting.arrived;
+      const auto start = std::chrono::steady_clock::now();
+      while (meeting.arrived < meeting.expected) {
+        if (std::chrono::steady_clock::now() - start > std::chrono::seconds(60))
+          fail("threads that take part", meeting.arrived, meeting.expected);
+        std::this_thread::yield();
+      }
+    }
+  };
+  for (int time = 0; time < 20; ++time) {
+    Meeting meeting;
+    meeting.expected = 1 + time % threads.size();
+    threads.run(100, 1, Meeting::come, &meeting, meeting.expected);
+    if (meeting.arrived != meeting.expected) fail("ranges", meeting.arrived, meeting.expected);
+    if (time % 2 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(5));  // they fall asleep
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -55,6 +80,7 @@ int main(int argc, char** argv) {
   for (const int size : {1, 2, 5}) {
     Threads threads(size);
     if (threads.size() != size) fail("size", threads.size(), size);
+    meet(threads);
     run(threads, rounds, 1);
     std::vector<std::thread> callers;
     for (unsigned seed = 2; seed < 5; ++seed) callers.emplace_back([&, seed] { run(threads, rounds, seed); });
