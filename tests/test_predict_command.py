@@ -339,6 +339,22 @@ def test_standard_input_to_standard_output(weights: Path, photos: Path) -> None:
     assert b"Traceback" not in process.stderr
 
 
+def test_standard_streams_that_are_full_or_closed(weights: Path, photos: Path) -> None:
+    photo = photos / "sub" / "b.jpg"
+    for redirection, words in (
+        (f"< {photo} > /dev/full", "standard output: no space left on device"),
+        ("<&-", "one of them is closed"),
+        (f"< {photo} >&-", "one of them is closed"),
+    ):
+        program = " ".join(command("predict", "-", "--weights", weights))
+        done = subprocess.run(
+            f"{program} {redirection}", shell=True, capture_output=True, text=True,
+            env=environment(), timeout=120,
+        )  # fmt: skip
+        assert done.returncode in (1, 2) and words in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_refined_or_not(
     kind: str, weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
